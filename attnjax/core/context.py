@@ -1,0 +1,100 @@
+"""What a token mixer is told besides its input, and what it gives back.
+
+One `Context` serves every mixer: a mixer reads the fields it needs. Arrays are
+pytree leaves; `train`, `causal`, `mask`, `grid` and `hooks` are static.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The surroundings of one mixer call.
+
+    Attributes:
+        positions: int32 [B, T], the position of each token in its document (or,
+            while decoding, in its sequence).
+        segment_ids: int32 [B, T] or None. Tokens attend only within equal ids;
+            id 0 is padding.
+        prefix_len: int32 [B] or None: tokens before it attend to one another both
+            ways.
+        memory: [B, S, C] or None, what cross-attention attends to.
+        memory_segment_ids: int32 [B, S] or None, for `memory`; 0 is padding.
+        embeddings: [B, T, C] or None, the token embeddings that entered the stack.
+        streams: extra residual streams by name, each [1 or B, T, C], already
+            normalised by the block like the mixer's input.
+        layer_index: int32 scalar, traced: constants that depend on depth are
+            computed from it as arrays.
+        prng_key: a key for this layer, or None when nothing is random.
+        interventions: operand arrays of the static `hooks`, by hook name.
+        causal: whether a token may look only at itself and earlier tokens.
+        mask: an extra `kernels` mask (static), combined by "and", or None.
+        grid: sizes of the 1-3 D grid that T flattens, or None.
+        train: whether dropout and batch statistics are on.
+        hooks: static, hashable probe and intervention records for this layer.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array | None = None
+    prefix_len: jax.Array | None = None
+    memory: jax.Array | None = None
+    memory_segment_ids: jax.Array | None = None
+    embeddings: jax.Array | None = None
+    streams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    layer_index: jax.Array | int = 0
+    prng_key: jax.Array | None = None
+    interventions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    mask: Any = dataclasses.field(default=None, metadata={"static": True})
+    grid: tuple[int, ...] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    train: bool = dataclasses.field(default=False, metadata={"static": True})
+    hooks: tuple = dataclasses.field(default=(), metadata={"static": True})
+
+    def replace(self, **changes) -> "Context":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MixerOut:
+    """What a mixer returns beside y, as values (never through side effects).
+
+    Attributes:
+        losses: scalars by name, added to the training loss by the task with the
+            weight that the mixer has already applied, and reported as metrics.
+        records: arrays by name, asked for by hooks (weights, scores, gates ...) or
+            always cheap scalars that are worth a metric.
+        streams: by name, what to add to each extra residual stream; a stream
+            that is not named here is left as it was.
+    """
+
+    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    records: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    streams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """A probe or an intervention at some layers: static and hashable.
+
+    Attributes:
+        name: the key of its record or of its operands in `Context.interventions`.
+        what: what it reads or changes: "scores", "weights", "heads", "input",
+            "output", or a name that a mixer documents.
+        layers: absolute layer indices; None means every layer.
+        heads: head indices; None means every head.
+        action: "record", or the intervention: "scale", "add", "replace".
+    """
+
+    name: str
+    what: str
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    action: str = "record"
