@@ -1,0 +1,49 @@
+"""The linear map y = x W + b."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from attnjax.nn.parameter import param
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), weights stored in `param_dtype`, computed in `dtype`.
+
+    Args:
+        in_dim: size of the last axis of x.
+        out_dim: size of the last axis of y.
+        use_bias: whether b exists (zero at the start).
+        std: standard deviation of the normal initialisation of W.
+        dtype: compute dtype.
+        param_dtype: storage dtype.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        use_bias: bool = False,
+        std: float = 0.02,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = jnp.dtype(dtype)
+        self.kernel = param(
+            rngs, (in_dim, out_dim), initializers.normal(std), dtype=param_dtype
+        )
+        self.bias = (
+            param(rngs, (out_dim,), initializers.zeros, dtype=param_dtype)
+            if use_bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_dim] -> [..., out_dim] in `dtype`."""
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y

@@ -1,0 +1,65 @@
+"""The position-wise feed-forward sub-layer, plain or gated."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnjax.core.errors import unknown
+from attnjax.nn.linear import Linear
+
+# name -> (activation, gated). Gated: down(act(gate(x)) * up(x)).
+ACTIVATIONS = {
+    "gelu": (partial(jax.nn.gelu, approximate=False), False),
+    "gelu_tanh": (partial(jax.nn.gelu, approximate=True), False),
+    "relu": (jax.nn.relu, False),
+    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),
+    "silu": (jax.nn.silu, False),
+    "swiglu": (jax.nn.silu, True),
+    "geglu": (partial(jax.nn.gelu, approximate=True), True),
+}
+
+
+class MLP(nnx.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) for the gated activations.
+
+    Source: Shazeer, arXiv 2002.05202, eq. 5 and 6 (the gated forms).
+
+    Args:
+        embed_dim: C.
+        mlp_dim: hidden width M.
+        activation: a key of `ACTIVATIONS`.
+        std, out_std: initialisation of the inner maps and of the last one.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str = "swiglu",
+        use_bias: bool = False,
+        std: float = 0.02,
+        out_std: float = 0.02,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if activation not in ACTIVATIONS:
+            raise unknown("config.model.mlp", "activation", activation, ACTIVATIONS)
+        make = partial(
+            Linear, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.activation = activation
+        self.up = make(embed_dim, mlp_dim, std=std)
+        gated = ACTIVATIONS[activation][1]
+        self.gate = make(embed_dim, mlp_dim, std=std) if gated else None
+        self.down = make(mlp_dim, embed_dim, std=out_std)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, C] -> [B, T, C]."""
+        act = ACTIVATIONS[self.activation][0]
+        up = self.up(x)
+        hidden = act(up) if self.gate is None else act(self.gate(x)) * up
+        return self.down(hidden)
