@@ -1,0 +1,1 @@
+"""Models: they stack nn parts and the configured mixers, whatever those are."""

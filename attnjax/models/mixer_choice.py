@@ -1,0 +1,77 @@
+"""From the words of a schedule to mechanisms, their configs and their modules."""
+
+import dataclasses
+from typing import Any
+
+from attnjax.core import discovery, schema
+from attnjax.core.errors import UserError
+from attnjax.core.spec import MixerDims, MixerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One instance of `config.model.mixers`: a mechanism and its settings.
+
+    Attributes:
+        instance: the word in the schedule.
+        module: the mechanism's Python module.
+        config: its own frozen Config.
+    """
+
+    instance: str
+    module: Any
+    config: Any
+
+    @property
+    def spec(self) -> MixerSpec:
+        """The catalog entry."""
+        return self.module.SPEC
+
+    def make(self, dims: MixerDims, *, rngs):
+        """Build the nnx module; a file of slot options makes its Attention."""
+        if hasattr(self.module, "Mixer"):
+            return self.module.Mixer(self.config, dims, rngs=rngs)
+        attention = discovery.find("attention")
+        return attention.Mixer(self.module.preset(self.config), dims, rngs=rngs)
+
+
+def resolve_mixers(names: tuple[str, ...], mixers: dict[str, Any]) -> dict[str, dict]:
+    """Fill `config.model.mixers` for every word of the schedule.
+
+    Args:
+        names: the schedule.
+        mixers: {instance: {"type": catalog name or path, option: value, ...}}.
+
+    Returns:
+        {instance: {"type": ..., every option}}, JSON values only.
+
+    Raises:
+        UserError: for an unknown mechanism or option, or an instance that no layer
+            uses (it would do nothing).
+    """
+    unused = sorted(set(mixers) - set(names))
+    if unused:
+        raise UserError(
+            f"config.model.mixers: {', '.join(unused)} is in no layer; the schedule "
+            f"uses {', '.join(sorted(set(names)))}. Name it in config.model.layers "
+            "or remove it."
+        )
+    resolved = {}
+    for name in dict.fromkeys(names):
+        given = dict(mixers.get(name, {}))
+        kind = str(given.pop("type", name))
+        module = discovery.find(kind)
+        path = f"config.model.mixers.{name}"
+        options = schema.resolve(module.Config, given, path=path)
+        resolved[name] = {"type": kind, **options}
+    return resolved
+
+
+def choices(mixers: dict[str, dict]) -> dict[str, Choice]:
+    """{instance: Choice} of a resolved `config.model.mixers`."""
+    made = {}
+    for name, given in mixers.items():
+        options = dict(given)
+        module = discovery.find(options.pop("type"))
+        made[name] = Choice(name, module, schema.build(module.Config, options))
+    return made

@@ -1,0 +1,253 @@
+"""A stack of layers run by one scan per repeated group.
+
+Parameters and buffers live outside the modules as plain dicts of arrays. Group g
+of n repeats of a pattern of p layers holds, at "group_<g>"/"sub_<j>", the arrays of
+the n layers at place j of the pattern, stacked on a leading axis. Inside the scan
+body a layer's arrays are merged with its static graph definition and called.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnjax import nn
+from attnjax.core.context import Context, Hook
+from attnjax.core.errors import UserError
+from attnjax.models.layout import Layout
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StackOut:
+    """What the layers return beside the residual stream.
+
+    Attributes:
+        losses: by name, summed over layers.
+        records: {layer: {name: array}} of the layers that recorded something.
+        buffers: the new buffers, structured like the old ones.
+        streams: the extra streams after the last layer.
+    """
+
+    losses: dict[str, jax.Array]
+    records: dict[int, dict[str, jax.Array]]
+    buffers: dict
+    streams: dict[str, jax.Array]
+
+
+class Stack:
+    """Static description of the layers: what to build and how to run it.
+
+    Args:
+        layout: which instance stands at which layer, and the groups.
+        make_block: (instance name, rngs=) -> a Block.
+        remat: "none", "dots" or "full".
+        unroll: how many repeats one scan iteration runs; "all" unrolls.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        make_block: Callable[..., nnx.Module],
+        *,
+        remat: str = "none",
+        unroll: int | str = 1,
+    ):
+        self.layout = layout
+        self.remat = remat
+        self.unroll = unroll
+        self._make_block = make_block
+        self._graphs = {name: _graph_of(name, make_block) for name in set(layout.names)}
+
+    # ---- parameters
+
+    def init(self, key: jax.Array) -> tuple[dict, dict]:
+        """Initial (params, buffers); a function of (key, parameter path, layer)."""
+        params, buffers = {}, {}
+        for g, (pattern, repeats) in enumerate(self.layout.groups):
+            group_params, group_buffers = {}, {}
+            for j, name in enumerate(pattern):
+                layers = jnp.asarray(self.layout.layers_of(g, j), jnp.int32)
+                values = jax.vmap(lambda i, n=name: self._init_layer(n, key, i))(layers)
+                group_params[f"sub_{j}"], group_buffers[f"sub_{j}"] = values
+            params[f"group_{g}"] = group_params
+            buffers[f"group_{g}"] = group_buffers
+        return params, buffers
+
+    def _init_layer(self, name: str, key: jax.Array, layer) -> tuple[dict, dict]:
+        layer_key = jax.random.fold_in(nn.parameter.path_key(key, ("layers",)), layer)
+        block = self._make_block(name, rngs=nnx.Rngs(params=layer_key))
+        params = nn.materialize(block, key, index=layer)
+        return params, nnx.to_pure_dict(nnx.state(block, nn.Buffer))
+
+    # ---- the full pass
+
+    def apply(
+        self, params: dict, buffers: dict, x: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, StackOut]:
+        """Run every layer on x [B, T, C]; ctx.streams are the raw extra streams."""
+        carry = (x, dict(ctx.streams))
+        losses: dict[str, jax.Array] = {}
+        records: dict[int, dict] = {}
+        new_buffers = {}
+        for g in range(len(self.layout.groups)):
+            name = f"group_{g}"
+            carry, outs = self._group(g, params[name], buffers[name], carry, ctx)
+            pieces = []
+            for first, count, (part_losses, part_records, part_buffers) in outs:
+                for key, value in part_losses.items():
+                    losses[key] = losses.get(key, 0.0) + jnp.sum(value)
+                self._collect(g, first, count, part_records, records)
+                pieces.append(part_buffers)
+            new_buffers[name] = _concatenate(pieces)
+        x, streams = carry
+        return x, StackOut(losses, records, new_buffers, streams)
+
+    def _collect(self, g, first, count, part_records, records) -> None:
+        for j, values in part_records.items():
+            for i in range(count):
+                layer = self.layout.layers_of(g, j)[first + i]
+                row = {key: value[i] for key, value in values.items()}
+                if row:
+                    records[layer] = row
+
+    def _group(self, g: int, params, buffers, carry, ctx: Context):
+        """Scan the repeats of group g; hooked repeats run apart, with their hooks."""
+        pattern, repeats = self.layout.groups[g]
+        hooked = [
+            i
+            for i in range(repeats)
+            if any(
+                _hooks_of(ctx.hooks, self.layout.layers_of(g, j)[i])
+                for j in range(len(pattern))
+            )
+        ]
+        outs = []
+        for first, count, is_hooked in _runs(repeats, hooked):
+            layers = {
+                f"sub_{j}": jnp.asarray(
+                    self.layout.layers_of(g, j)[first : first + count], jnp.int32
+                )
+                for j in range(len(pattern))
+            }
+            whole = count == repeats
+
+            def cut(a, first=first, count=count, whole=whole):
+                return a if whole else a[first : first + count]
+
+            xs = jax.tree.map(cut, (params, buffers)) + (layers,)
+            hooks = (
+                [
+                    _hooks_of(ctx.hooks, self.layout.layers_of(g, j)[first])
+                    for j in range(len(pattern))
+                ]
+                if is_hooked
+                else [()] * len(pattern)
+            )
+            body = self._body(pattern, ctx, hooks)
+            unroll = count if self.unroll == "all" else min(int(self.unroll), count)
+            carry, out = jax.lax.scan(body, carry, xs, unroll=unroll)
+            outs.append((first, count, out))
+        return carry, outs
+
+    def _body(self, pattern, ctx: Context, hooks: list[tuple]):
+        def body(carry, xs):
+            x, streams = carry
+            params, buffers, layers = xs
+            losses, records, new_buffers = {}, {}, {}
+            for j, name in enumerate(pattern):
+                sub = f"sub_{j}"
+                layer = layers[sub]
+                prng_key = ctx.prng_key
+                if prng_key is not None:
+                    prng_key = jax.random.fold_in(prng_key, layer)
+                here = ctx.replace(layer_index=layer, prng_key=prng_key, hooks=hooks[j])
+                block = nnx.merge(self._graphs[name], params[sub], buffers[sub])
+                x, streams, out = block(x, streams, here)
+                for key, value in out.losses.items():
+                    losses[key] = losses.get(key, 0.0) + value
+                records[j] = dict(out.records)
+                new_buffers[sub] = nnx.to_pure_dict(nnx.state(block, nn.Buffer))
+            return (x, streams), (losses, records, new_buffers)
+
+        if self.remat == "none":
+            return body
+        return jax.checkpoint(body, prevent_cse=False, policy=POLICIES[self.remat])
+
+    # ---- decoding: an unrolled list of layers, each state donated and replaced
+
+    def unstack(self, params: dict, buffers: dict) -> list[tuple[dict, dict]]:
+        """One (params, buffers) a layer, in order: done once before decoding."""
+        layers = []
+        for g, j, i, _ in self.layout.places:
+            pick = lambda a, i=i: a[i]  # noqa: E731
+            sub = (params[f"group_{g}"][f"sub_{j}"], buffers[f"group_{g}"][f"sub_{j}"])
+            layers.append(jax.tree.map(pick, sub))
+        return layers
+
+    def init_state(self, layers: list, batch: int, max_len: int, memory=None) -> list:
+        """The decode state of every layer, for `batch` sequences of `max_len`."""
+        states = []
+        for (params, buffers), name in zip(layers, self.layout.names, strict=True):
+            block = nnx.merge(self._graphs[name], params, buffers)
+            if not hasattr(block.mixer, "init_state"):
+                raise UserError(
+                    f"{name}: has no decode form; generation needs one in every layer."
+                )
+            states.append(block.mixer.init_state(batch, max_len, memory))
+        return states
+
+    def step(
+        self, layers: list, states: list, x: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, list]:
+        """x [B, T, C], the next T >= 1 tokens, and the states -> both."""
+        new_states = []
+        for layer, name in enumerate(self.layout.names):
+            block = nnx.merge(self._graphs[name], *layers[layer])
+            here = ctx.replace(layer_index=jnp.int32(layer))
+            x, state = block.step(x, states[layer], here)
+            new_states.append(state)
+        return x, new_states
+
+
+def _graph_of(name: str, make_block) -> Any:
+    """The static graph definition of a block, from an abstract build."""
+    block = nnx.eval_shape(lambda: make_block(name, rngs=nnx.Rngs(0)))
+    try:
+        graph, _, _ = nnx.split(block, nnx.Param, nn.Buffer)
+    except ValueError as error:
+        raise UserError(
+            f"{name}: every variable of a mixer must be an nnx.Param or an "
+            f"attnjax.nn.Buffer. {error}"
+        ) from error
+    return graph
+
+
+def _hooks_of(hooks: tuple[Hook, ...], layer: int) -> tuple[Hook, ...]:
+    return tuple(h for h in hooks if h.layers is None or layer in h.layers)
+
+
+def _runs(repeats: int, hooked: list[int]) -> list[tuple[int, int, bool]]:
+    """Consecutive (first, count, hooked?) runs; a hooked repeat stands alone."""
+    runs, at = [], 0
+    for i in hooked:
+        if i > at:
+            runs.append((at, i - at, False))
+        runs.append((i, 1, True))
+        at = i + 1
+    if at < repeats:
+        runs.append((at, repeats - at, False))
+    return runs
+
+
+def _concatenate(pieces: list[dict]) -> dict:
+    if len(pieces) == 1:
+        return pieces[0]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
