@@ -1,0 +1,112 @@
+"""Finding, making, storing and comparing tokenizers.
+
+A kind of tokenizer is a file of this folder with `build(argument, building)`,
+`identity(argument)` (JSON-able facts that change when `build` would differ on the
+same text) and `from_json(stored)`.
+"""
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from attnjax.core.errors import UserError, unknown
+from attnjax.data.tokenizers.base import Building, Tokenizer
+
+
+def kinds() -> list[str]:
+    """Every kind of tokenizer by name."""
+    package = importlib.import_module("attnjax.data.tokenizers")
+    found = [item.name for item in pkgutil.iter_modules(package.__path__)]
+    return sorted(name for name in found if name not in ("base", "registry"))
+
+
+def _module(kind: str) -> ModuleType:
+    if kind not in kinds():
+        raise unknown("data", "tokenizer", kind, kinds())
+    return importlib.import_module(f"attnjax.data.tokenizers.{kind}")
+
+
+def make_tokenizer(name: str, building: Building) -> Tokenizer:
+    """The tokenizer of a config's `tokenizer` ("KIND" or "KIND:ARGUMENT").
+
+    Raises:
+        UserError: unknown kind, bad argument, or text it cannot be built from.
+    """
+    kind, _, argument = name.partition(":")
+    return _module(kind).build(argument, building)
+
+
+def tokenizer_identity(name: str) -> dict[str, Any]:
+    """JSON-able facts that tell when a tokenizer has to be built anew."""
+    kind, _, argument = name.partition(":")
+    return {"name": name, **_module(kind).identity(argument)}
+
+
+def no_argument(kind: str, argument: str) -> None:
+    """Refuse "KIND:ARGUMENT" for a kind that takes none."""
+    if argument:
+        raise UserError(
+            f"data: the {kind} tokenizer takes no argument; got "
+            f"tokenizer={kind + ':' + argument!r}. Write tokenizer={kind}."
+        )
+
+
+def tokenizer_from_json(stored: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_json` described. It needs no corpus.
+
+    Raises:
+        UserError: not such a description, or of an unknown kind.
+    """
+    kind = stored.get("type") if isinstance(stored, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(
+            "data: a stored tokenizer must be a JSON object with key 'type'; got "
+            f"{str(stored)[:60]!r}. Restore the file, or train the run anew."
+        )
+    return _module(kind).from_json(stored)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer as one JSON file."""
+    Path(path).write_text(json.dumps(tokenizer.to_json()), encoding="utf-8")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read what `save_tokenizer` wrote.
+
+    Raises:
+        UserError: missing, unreadable or no tokenizer.
+    """
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data: cannot read a tokenizer from {path}: {error}. "
+            "Restore the file, or train the run anew."
+        ) from error
+    return tokenizer_from_json(stored)
+
+
+def check_same_tokenizer(stored: Tokenizer, current: Tokenizer, *, owner: str) -> None:
+    """Refuse to mix ids of different meaning.
+
+    Raises:
+        UserError: `current` (of the data) is not `stored` (of a checkpoint).
+    """
+    if stored.fingerprint() == current.fingerprint():
+        return
+    raise UserError(
+        f"{owner}: data.tokenizer must be the one the parameters were trained with; "
+        f"got {describe(current)}, stored {describe(stored)}. Set data.tokenizer and "
+        "the text it is built from as they were."
+    )
+
+
+def describe(tokenizer: Tokenizer) -> str:
+    """A tokenizer in a few words, for messages."""
+    kind = tokenizer.to_json()["type"]
+    digest = tokenizer.fingerprint()[:8]
+    return f"{kind} (vocabulary {tokenizer.vocab_size}, fingerprint {digest})"
