@@ -61,5 +61,5 @@ def test_an_unknown_packing_is_refused():
 
 def test_an_unknown_tokenizer_is_refused():
     config = config_class("stdlib")(tokenizer="byte")
-    with pytest.raises(UserError, match="unknown tokenizer 'byte'. Did you mean bytes"):
+    with pytest.raises(UserError, match=r"unknown tokenizer 'byte'\. Did you mean bytes"):
         open_corpus(config)

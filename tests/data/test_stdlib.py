@@ -60,5 +60,5 @@ def test_an_interpreter_without_source_is_refused(tmp_path):
 
 def test_an_interpreter_without_the_reference_is_refused(source, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
-    with pytest.raises(UserError, match="must have the module pydoc_data.topics"):
+    with pytest.raises(UserError, match=r"must have the module pydoc_data\.topics"):
         list(source.eval())
