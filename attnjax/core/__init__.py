@@ -1,1 +1,1 @@
-"""Dimension vocabulary, dtypes, configs, errors and discovery: imports no other room."""
+"""Dimensions, dtypes, configs, errors and discovery: imports no other room."""
