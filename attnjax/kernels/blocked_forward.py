@@ -1,0 +1,127 @@
+"""The forward pass over tiles: for each block of queries, a loop over its keys."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.kernels import tile_math, tiles
+from attnjax.kernels.block_plan import BlockPlan, tile_table
+
+Arrays = Mapping[str, jax.Array]
+
+
+def split_blocks(x: jax.Array, block: int, num: int) -> jax.Array:
+    """[B, T, H, D] to [num, B, H, block, D], zeros after the end."""
+    b, t, h, d = x.shape
+    x = jnp.pad(x, ((0, 0), (0, num * block - t), (0, 0), (0, 0)))
+    return x.reshape(b, num, block, h, d).transpose(1, 0, 3, 2, 4)
+
+
+def join_blocks(x: jax.Array, length: int) -> jax.Array:
+    """[num, B, H, block, D] to [B, length, H, D]."""
+    num, b, h, block, d = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(b, num * block, h, d)[:, :length]
+
+
+def pad_operands(plan: BlockPlan, operands: Arrays) -> dict[str, jax.Array]:
+    """Lengthen the operands' t and s axes to whole blocks."""
+    known = tiles.declarations(plan.request.spec)
+    longer = {"t": plan.num_q * plan.block_q, "s": plan.num_k * plan.block_k}
+    padded = {}
+    for name, array in operands.items():
+        axes = known[name].axes
+        width = [(0, 0)] * array.ndim
+        for axis, letter in enumerate(axes):
+            if letter in longer and array.shape[axis] > 1:
+                width[axis] = (0, longer[letter] - array.shape[axis])
+        padded[name] = jnp.pad(array, width) if any(map(any, width)) else array
+    return padded
+
+
+def tile_at(plan: BlockPlan, operands: Arrays, i, j, *, keys_major: bool = False):
+    """Tile (i, j) and its whole mask, the padding of the keys included."""
+    place = (i * plan.block_q, plan.block_q, j * plan.block_k, plan.block_k)
+    tile = tiles.make_tile(plan.request, operands, place, keys_major=keys_major)
+    mask = tiles.visible(plan.request.spec, tile)
+    if plan.padded_keys:
+        keys = jnp.arange(plan.block_k, dtype=jnp.int32) + j * plan.block_k
+        shape = (1, 1, -1, 1) if keys_major else (1, 1, 1, -1)
+        exists = (keys < plan.request.kv_len).reshape(shape)
+        mask = exists if mask is None else mask & exists
+    return tile, mask
+
+
+def forward(plan: BlockPlan, q, k, v, operands: Arrays):
+    """Output [B, T, H, E] in q's dtype and log-sum [B, T, H] or None."""
+    request, table = plan.request, tile_table(plan)
+    dtype = request.compute_dtype
+    qb = split_blocks(q.astype(dtype) * request.scale, plan.block_q, plan.num_q)
+    kb = split_blocks(k.astype(dtype), plan.block_k, plan.num_k)
+    vb = split_blocks(v.astype(dtype), plan.block_k, plan.num_k)
+    operands = pad_operands(plan, operands)
+
+    def row(_, x):
+        i, q_i, full, num_full, partial, num_partial = x
+
+        def visit(blocks, masked, n, carry):
+            j = blocks[n]
+            tile, mask = tile_at(plan, operands, i, j)
+            raw = tiles.products(q_i, kb[j])
+            mask = mask if masked else None
+            s = tile_math.masked_scores(request.spec, raw, tile, mask)
+            return _absorb(request.spec, carry, s, vb[j])
+
+        carry = _empty_rows(plan, dtype)
+        carry = jax.lax.fori_loop(
+            0, num_full, lambda n, c: visit(full, False, n, c), carry
+        )
+        carry = jax.lax.fori_loop(
+            0, num_partial, lambda n, c: visit(partial, True, n, c), carry
+        )
+        return None, _finish(request.spec, carry, operands)
+
+    steps = jnp.arange(plan.num_q, dtype=jnp.int32)
+    rows = (steps, qb, table.full, table.num_full, table.partial, table.num_partial)
+    _, (out, lse) = jax.lax.scan(row, None, jax.tree.map(jnp.asarray, rows))
+    out = join_blocks(out, request.q_len).astype(q.dtype)
+    return out, None if lse is None else join_blocks(lse, request.q_len)[..., 0]
+
+
+def _empty_rows(plan: BlockPlan, dtype):
+    """(accumulated output, row maximum, row sum) before any key."""
+    request = plan.request
+    rows = (request.batch, request.num_heads, plan.block_q)
+    acc = jnp.zeros((*rows, request.value_dim), dtype)
+    weight_map = request.spec.weight_map
+    top = jnp.full((*rows, 1), -jnp.inf, dtype) if weight_map.needs_max else None
+    total = jnp.zeros((*rows, 1), dtype) if weight_map.needs_sum else None
+    return acc, top, total
+
+
+def _absorb(spec, carry, s: jax.Array, v: jax.Array):
+    """Add one tile of scores to the running rows."""
+    acc, top, total = carry
+    new_top = shift = None
+    if top is not None:
+        new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
+        shift = tile_math.finite(new_top)
+        fade = jnp.exp(top - shift)
+        acc, total = acc * fade, total * fade
+    u = tile_math.unnormalized(spec, s, shift)
+    if total is not None:
+        total = total + jnp.sum(u, axis=-1, keepdims=True)
+    return acc + tiles.mix(u, v), new_top, total
+
+
+def _finish(spec, carry, operands: Arrays):
+    """Output rows and their log-sums."""
+    acc, top, total = carry
+    if total is None:
+        return acc, None
+    sink = tile_math.sink_column(spec, operands, acc.dtype)
+    top = None if top is None else tile_math.finite(top)
+    lse = tile_math.log_sum(top, total, sink)
+    if sink is None:
+        return acc / jnp.where(total > 0, total, 1), lse
+    return acc * jnp.exp((0 if top is None else top) - lse), lse

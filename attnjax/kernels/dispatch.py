@@ -1,0 +1,143 @@
+"""`attention`: the one entry point, and the choice of its implementation.
+
+An implementation is a module with
+    NAME      what callers ask for;
+    RANK      by platform, the rank at which "auto" considers it (higher first;
+              platforms left out are never chosen automatically);
+    supports  (request) -> None, or the reason why it cannot compute the request;
+    run       (request, q, k, v, operands) -> (output, log-sum-exp or None).
+A new one is a file with these names and an entry in `IMPLEMENTATIONS`.
+"""
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import jax
+
+from attnjax.kernels import blocked, cudnn, reference
+from attnjax.kernels.errors import nearest
+from attnjax.kernels.request import Request, make_request
+from attnjax.kernels.spec import AttentionSpec
+from attnjax.kernels.target import Target, default_target
+
+IMPLEMENTATIONS: tuple[ModuleType, ...] = (reference, blocked, cudnn)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttentionSpec = AttentionSpec(),
+    operands: Mapping[str, jax.Array] | None = None,
+    *,
+    implementation: str = "auto",
+    target: Target | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of q over k and v as `spec` describes it.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, K, D]; H is a multiple of K, and query head h reads kv head
+            h // (H / K).
+        v: [B, S, K, E].
+        spec: the computation; static, so mark it so under `jax.jit`.
+        operands: arrays by name. What the spec declares is required; every spec also
+            takes `q_offset` int [] or [B] (position of the first query) or
+            `q_positions` int [B, T], `k_positions` int [B, S], and `kv_mask` bool
+            [B, S] (False: the key does not exist).
+        implementation: "auto", or a name among `IMPLEMENTATIONS`.
+        target: the device that the call is compiled for; None means the default
+            backend.
+
+    Returns:
+        [B, T, H, E] in q's dtype, accumulated in float32 (float64 for float64
+        inputs). With `spec.return_lse` also the rows' log-sum-exp [B, T, H] in the
+        accumulation dtype. Queries that see no key give zeros, log-sum -inf (or the
+        sink's logit), and zero gradients.
+
+    Raises:
+        ValueError: wrong shapes, operands or implementation name.
+        TypeError: wrong dtypes or types.
+        NotImplementedError: no implementation supports the request; the message has
+            every reason.
+    """
+    operands = dict(operands or {})
+    request = make_request(q, k, v, spec, operands, target or default_target())
+    module = choose(request, implementation)
+    out, lse = module.run(request, q, k, v, operands)
+    return (out, lse) if spec.return_lse else out
+
+
+def choose(request: Request, implementation: str = "auto") -> ModuleType:
+    """The implementation that `attention` runs.
+
+    Raises:
+        ValueError: for an unknown name.
+        NotImplementedError: when the named one, or none, supports the request.
+    """
+    if implementation == "auto":
+        for module in _candidates(request):
+            if module.supports(request) is None:
+                return module
+        raise NotImplementedError(
+            "attention: no implementation supports the request.\n"
+            + "\n".join(reasons(request))
+        )
+    by_name = {module.NAME: module for module in IMPLEMENTATIONS}
+    if implementation not in by_name:
+        raise ValueError(
+            f"attention: unknown implementation {implementation!r}. "
+            f"{nearest(implementation, ['auto', *by_name])}"
+        )
+    module = by_name[implementation]
+    reason = module.supports(request)
+    if reason is not None:
+        raise NotImplementedError(
+            f"attention: implementation={implementation!r} {reason}. "
+            "Use implementation='auto'.\n" + "\n".join(reasons(request))
+        )
+    return module
+
+
+def _candidates(request: Request) -> list[ModuleType]:
+    """Implementations that "auto" considers, best first."""
+    platform = request.target.platform
+    able = [module for module in IMPLEMENTATIONS if platform in module.RANK]
+    return sorted(able, key=lambda module: -module.RANK[platform])
+
+
+def reasons(request: Request) -> list[str]:
+    """One line for each implementation: whether and why it can take the request."""
+    platform = request.target.platform
+    lines = []
+    for module in IMPLEMENTATIONS:
+        reason = module.supports(request)
+        if reason is None and platform not in module.RANK:
+            reason = "supports it, but only when asked for by name"
+        lines.append(f"{module.NAME}: {reason or 'supports it'}")
+    return lines
+
+
+def explain(
+    q,
+    k,
+    v,
+    spec: AttentionSpec = AttentionSpec(),
+    operands: Mapping[str, jax.Array] | None = None,
+    *,
+    target: Target | None = None,
+) -> list[str]:
+    """Which implementation "auto" takes, and why not the others.
+
+    Takes arrays or `jax.ShapeDtypeStruct`s; computes nothing.
+
+    Returns:
+        first line "uses NAME on PLATFORM" (or that none supports it), then one line
+        "NAME: reason" for each implementation.
+    """
+    request = make_request(q, k, v, spec, operands or {}, target or default_target())
+    try:
+        first = f"uses {choose(request).NAME} on {request.target.platform}"
+    except NotImplementedError:
+        first = f"no implementation supports it on {request.target.platform}"
+    return [first, *reasons(request)]

@@ -1,0 +1,113 @@
+"""How a row of scores becomes a row of weights.
+
+A weight map states which row statistics it needs and gives elementwise formulas; an
+implementation supplies the tiling. With u the unnormalised weights of a row:
+  needs_max:  u may use the row's running maximum m, as u = exp(s - m);
+  needs_sum:  weights are u / (sum of u [+ the sink's term]);
+  neither:    weights are u.
+`weights` recomputes final weights from the row's log-sum, and `slope` gives
+d weight / d s with the log-sum held, which is all that a backward pass needs:
+    ds = slope * (dp - needs_sum * (delta - dlse)),   delta = sum_e(do * o).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.kernels.operands import Operand
+
+
+class WeightMap:
+    """Base of all weight maps."""
+
+    needs_max: bool = False
+    needs_sum: bool = False
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The arrays that this map needs."""
+        return ()
+
+    def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
+        """u for scores that may be -inf (masked), where it must be 0."""
+        raise NotImplementedError
+
+    def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        """Final weights; 0 where s is -inf."""
+        raise NotImplementedError
+
+    def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        """d w / d s with the row's log-sum held; 0 where s is -inf."""
+        raise NotImplementedError
+
+    def sink_logit(self, operands: dict[str, jax.Array]) -> jax.Array | float | None:
+        """A logit that joins each row's sum without a value, [H] or a number."""
+        del operands
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax(WeightMap):
+    """exp(s) / sum exp(s), stable for any finite scores.
+
+    Attributes:
+        sink: None; "logit": a learned logit per head joins the sum and has no value
+            (operand `sink` float [H], with gradient; gpt-oss); "off_by_one": the
+            same with the constant logit 0, exp(s) / (1 + sum exp(s)).
+    """
+
+    sink: str | None = None
+    needs_max = True
+    needs_sum = True
+
+    def __post_init__(self):
+        if self.sink not in (None, "logit", "off_by_one"):
+            raise ValueError(
+                "Softmax: sink must be None, 'logit' or 'off_by_one'; got "
+                f"sink={self.sink!r}."
+            )
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        if self.sink == "logit":
+            return (Operand("sink", "h", "float", trains=True),)
+        return ()
+
+    def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
+        return jnp.exp(s - row_max)
+
+    def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        return jnp.exp(s - log_sum)
+
+    def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        del s, log_sum
+        return w
+
+    def sink_logit(self, operands: dict[str, jax.Array]) -> jax.Array | float | None:
+        if self.sink == "logit":
+            return operands["sink"]
+        return 0.0 if self.sink == "off_by_one" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(WeightMap):
+    """sigmoid(s + bias), no normalisation (Ramapuram et al., arXiv 2409.04431).
+
+    Attributes:
+        bias: added to every score; the paper uses -log(number of keys). A learned
+            offset is a `ScoreFn` or `Bias` with an operand instead.
+    """
+
+    bias: float = 0.0
+
+    def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
+        del row_max
+        return jax.nn.sigmoid(s + self.bias)
+
+    def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        return self.unnormalized(s, log_sum)
+
+    def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        del s, log_sum
+        return w * (1 - w)
