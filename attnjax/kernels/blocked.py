@@ -12,7 +12,6 @@ import functools
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from attnjax.kernels import blocked_backward, blocked_forward, one_tile, tiles
 from attnjax.kernels.block_plan import BlockPlan, plan_blocks

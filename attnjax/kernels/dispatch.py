@@ -17,7 +17,7 @@ import jax
 from attnjax.kernels import blocked, cudnn, reference
 from attnjax.kernels.errors import nearest
 from attnjax.kernels.request import Request, make_request
-from attnjax.kernels.spec import AttentionSpec
+from attnjax.kernels.spec import PLAIN, AttentionSpec
 from attnjax.kernels.target import Target, default_target
 
 IMPLEMENTATIONS: tuple[ModuleType, ...] = (reference, blocked, cudnn)
@@ -27,7 +27,7 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    spec: AttentionSpec = AttentionSpec(),
+    spec: AttentionSpec = PLAIN,
     operands: Mapping[str, jax.Array] | None = None,
     *,
     implementation: str = "auto",
@@ -122,7 +122,7 @@ def explain(
     q,
     k,
     v,
-    spec: AttentionSpec = AttentionSpec(),
+    spec: AttentionSpec = PLAIN,
     operands: Mapping[str, jax.Array] | None = None,
     *,
     target: Target | None = None,

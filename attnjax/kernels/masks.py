@@ -58,13 +58,10 @@ class Span:
 class Mask:
     """Base of all masks: the operators and the defaults."""
 
-    # Whether `coverage` reads positions (and may be asked with static ones).
+    # Whether the mask reads positions, so that `coverage` needs static ones.
     positional: bool = False
-
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        """The arrays that this mask needs."""
-        return ()
+    # The arrays that the mask needs.
+    operands: tuple[Operand, ...] = ()
 
     def visible(self, tile: Tile) -> jax.Array | None:
         """Boolean, broadcastable to [B, H, t, s]; None when all is visible."""
@@ -87,9 +84,11 @@ class Full(Mask):
     """Every query attends to every key."""
 
     def visible(self, tile: Tile) -> None:
+        """None: all is visible."""
         del tile
 
     def coverage(self, span: Span) -> Coverage:
+        """FULL, wherever the tile lies."""
         del span
         return Coverage.FULL
 
@@ -105,9 +104,11 @@ class Causal(Mask):
     positional = True
 
     def visible(self, tile: Tile) -> jax.Array:
+        """k <= q."""
         return tile.k <= tile.q
 
     def coverage(self, span: Span) -> Coverage:
+        """EMPTY above the diagonal, FULL below it."""
         if span.k_first > span.q_last:
             return Coverage.EMPTY
         return Coverage.FULL if span.k_last <= span.q_first else Coverage.PARTIAL
@@ -145,6 +146,7 @@ class SlidingWindow(Mask):
             )
 
     def visible(self, tile: Tile) -> jax.Array | None:
+        """(q - left <= k or k < sinks) and k <= q + right."""
         result = None
         if self.left is not None:
             result = tile.k >= tile.q - self.left
@@ -156,6 +158,7 @@ class SlidingWindow(Mask):
         return result
 
     def coverage(self, span: Span) -> Coverage:
+        """EMPTY outside the band and the sinks, FULL well inside either."""
         full = True
         if self.left is not None:
             if span.k_last < span.q_first - self.left and span.k_first >= self.sinks:
@@ -176,11 +179,10 @@ class Prefix(Mask):
     A prefix language model is `Causal() | Prefix()`. Operand: `prefix_len` int [B].
     """
 
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        return (Operand("prefix_len", "b", "int"),)
+    operands = (Operand("prefix_len", "b", "int"),)
 
     def visible(self, tile: Tile) -> jax.Array:
+        """k < prefix_len."""
         return tile.k < tile.operands["prefix_len"]
 
 
@@ -192,14 +194,13 @@ class Segments(Mask):
     Operands: `q_segment_ids` int [B, T], `k_segment_ids` int [B, S].
     """
 
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        return (
-            Operand("q_segment_ids", "bt", "int"),
-            Operand("k_segment_ids", "bs", "int"),
-        )
+    operands = (
+        Operand("q_segment_ids", "bt", "int"),
+        Operand("k_segment_ids", "bs", "int"),
+    )
 
     def visible(self, tile: Tile) -> jax.Array:
+        """Equal ids that are not 0."""
         own = tile.operands["q_segment_ids"]
         return (own == tile.operands["k_segment_ids"]) & (own != 0)
 
@@ -228,9 +229,11 @@ class MaskFn(Mask):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The function's arrays."""
         return declare("MaskFn", self.names, self.layout, trains=False)
 
     def visible(self, tile: Tile) -> jax.Array:
+        """What the function says."""
         arrays = [tile.operands[name] for name in self.names]
         result = jnp.asarray(self.fn(tile.b, tile.h, tile.q, tile.k, *arrays))
         if result.dtype != jnp.bool_:
@@ -239,50 +242,50 @@ class MaskFn(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
-class And(Mask):
-    """Visible under both masks."""
+class _Pair(Mask):
+    """Two masks combined."""
 
     first: Mask
     second: Mask
 
     @property
     def positional(self) -> bool:
+        """Whether either mask reads positions."""
         return self.first.positional or self.second.positional
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The arrays of both."""
         return merge_declarations([self.first.operands, self.second.operands])
 
+
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
+    """Visible under both masks."""
+
     def visible(self, tile: Tile) -> jax.Array | None:
+        """first and second."""
         first, second = self.first.visible(tile), self.second.visible(tile)
         if first is None or second is None:
             return second if first is None else first
         return first & second
 
     def coverage(self, span: Span) -> Coverage:
+        """The lesser of the two."""
         return min(self.first.coverage(span), self.second.coverage(span))
 
 
 @dataclasses.dataclass(frozen=True)
-class Or(Mask):
+class Or(_Pair):
     """Visible under one mask or the other."""
 
-    first: Mask
-    second: Mask
-
-    @property
-    def positional(self) -> bool:
-        return self.first.positional or self.second.positional
-
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        return merge_declarations([self.first.operands, self.second.operands])
-
     def visible(self, tile: Tile) -> jax.Array | None:
+        """first or second."""
         first, second = self.first.visible(tile), self.second.visible(tile)
         return None if first is None or second is None else first | second
 
     def coverage(self, span: Span) -> Coverage:
+        """The greater of the two."""
         return max(self.first.coverage(span), self.second.coverage(span))
 
 

@@ -20,10 +20,8 @@ from attnjax.kernels.static_fn import check_static_fn
 class ScoreStep:
     """Base of all score steps."""
 
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        """The arrays that this step needs."""
-        return ()
+    # The arrays that the step needs.
+    operands: tuple[Operand, ...] = ()
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
         """New scores, same shape and dtype as `s`."""
@@ -48,6 +46,7 @@ class SoftCap(ScoreStep):
             )
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
+        """cap * tanh(s / cap)."""
         del tile
         return self.cap * jnp.tanh(s / self.cap)
 
@@ -64,9 +63,11 @@ class Bias(ScoreStep):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The bias."""
         return (Operand(self.name, "bhts", "float", trains=True),)
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
+        """s + bias."""
         return s + tile.operands[self.name].astype(s.dtype)
 
 
@@ -78,11 +79,10 @@ class ALiBi(ScoreStep):
     Operand: `alibi_slopes` float [H], with gradient.
     """
 
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        return (Operand("alibi_slopes", "h", "float", trains=True),)
+    operands = (Operand("alibi_slopes", "h", "float", trains=True),)
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
+        """s - slope * |q - k|."""
         distance = jnp.abs(tile.q - tile.k).astype(s.dtype)
         return s - tile.operands["alibi_slopes"].astype(s.dtype) * distance
 
@@ -119,9 +119,11 @@ class ScoreFn(ScoreStep):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The function's arrays."""
         return declare("ScoreFn", self.names, self.reduce, trains=True)
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
+        """What the function says."""
         arrays = [tile.operands[name] for name in self.names]
         out = self.fn(s, tile.b, tile.h, tile.q, tile.k, *arrays)
         if out.shape != s.shape:

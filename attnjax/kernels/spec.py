@@ -7,6 +7,9 @@ from attnjax.kernels.operands import Operand, merge_declarations
 from attnjax.kernels.scores import ScoreStep
 from attnjax.kernels.weight_maps import Softmax, WeightMap
 
+EVERYTHING = Full()
+PLAIN_SOFTMAX = Softmax()
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
@@ -23,10 +26,10 @@ class AttentionSpec:
             can be merged.
     """
 
-    mask: Mask = Full()
+    mask: Mask = EVERYTHING
     scale: float | None = None
     score: tuple[ScoreStep, ...] = ()
-    weight_map: WeightMap = Softmax()
+    weight_map: WeightMap = PLAIN_SOFTMAX
     return_lse: bool = False
 
     def __post_init__(self):
@@ -64,3 +67,7 @@ class AttentionSpec:
     def score_operands(self) -> tuple[Operand, ...]:
         """Declarations of the arrays that the score steps need."""
         return merge_declarations([step.operands for step in self.score])
+
+
+# Plain bidirectional softmax attention.
+PLAIN = AttentionSpec()

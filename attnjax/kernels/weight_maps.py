@@ -23,11 +23,8 @@ class WeightMap:
 
     needs_max: bool = False
     needs_sum: bool = False
-
-    @property
-    def operands(self) -> tuple[Operand, ...]:
-        """The arrays that this map needs."""
-        return ()
+    # The array that the map needs: none, or the logit of its sink.
+    operands: tuple[Operand, ...] = ()
 
     def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
         """u for scores that may be -inf (masked), where it must be 0."""
@@ -70,21 +67,26 @@ class Softmax(WeightMap):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The sink's logit, when it is learned."""
         if self.sink == "logit":
             return (Operand("sink", "h", "float", trains=True),)
         return ()
 
     def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
+        """exp(s - row_max)."""
         return jnp.exp(s - row_max)
 
     def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        """exp(s - log_sum)."""
         return jnp.exp(s - log_sum)
 
     def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        """w: the derivative of exp is itself."""
         del s, log_sum
         return w
 
     def sink_logit(self, operands: dict[str, jax.Array]) -> jax.Array | float | None:
+        """The operand, 0, or None without a sink."""
         if self.sink == "logit":
             return operands["sink"]
         return 0.0 if self.sink == "off_by_one" else None
@@ -102,12 +104,15 @@ class Sigmoid(WeightMap):
     bias: float = 0.0
 
     def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
+        """sigmoid(s + bias)."""
         del row_max
         return jax.nn.sigmoid(s + self.bias)
 
     def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        """The same: nothing is normalised."""
         return self.unnormalized(s, log_sum)
 
     def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
+        """w (1 - w)."""
         del s, log_sum
         return w * (1 - w)
