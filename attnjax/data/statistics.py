@@ -76,7 +76,7 @@ def bytes_per_token(split: Split, tokenizer: Any) -> float | None:
     if split.num_bytes is not None:
         separators = 0 if split.separator is None else split.num_documents
         return split.num_bytes / (split.num_tokens - separators)
-    if not getattr(tokenizer, "is_text", True):
+    if not tokenizer.is_text:
         return None
     ids = np.asarray(split.tokens[: min(_SAMPLE, split.num_tokens)])
     if split.separator is not None:

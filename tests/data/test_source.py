@@ -61,5 +61,6 @@ def test_an_unknown_packing_is_refused():
 
 def test_an_unknown_tokenizer_is_refused():
     config = config_class("stdlib")(tokenizer="byte")
-    with pytest.raises(UserError, match=r"unknown tokenizer 'byte'\. Did you mean bytes"):
+    message = r"unknown tokenizer 'byte'\. Did you mean bytes"
+    with pytest.raises(UserError, match=message):
         open_corpus(config)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from attnjax.core.errors import UserError
+
 
 class Tokenizer(Protocol):
     """The protocol.
@@ -15,10 +17,12 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: V; ids lie in [0, V).
         separator: id that ends every document (end of text), or None.
+        is_text: False where `decode` names ids and gives no text.
     """
 
     vocab_size: int
     separator: int | None
+    is_text: bool
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, [n] unsigned, without a separator of its own."""
@@ -40,6 +44,7 @@ class Base:
     """What follows from `encode` and `to_json`."""
 
     separator: int | None = None
+    is_text: bool = True
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
         """`encode` of every text."""
@@ -56,12 +61,39 @@ class Building:
     """What a tokenizer may be built from.
 
     Attributes:
-        train: makes a new iterator over the documents of the train split.
+        train: makes a new iterator over the documents of the train split; None
+            where the data is ids already.
         eos_token: the option of that name (see `TextConfig`).
+        vocab_size: how many ids the data has, where it is ids already.
+        separator: the id that ends its documents.
     """
 
-    train: Callable[[], Iterator[str]]
+    train: Callable[[], Iterator[str]] | None = None
     eos_token: str | None = None
+    vocab_size: int | None = None
+    separator: int | None = None
+
+
+def training_text(kind: str, building: Building) -> Iterator[str]:
+    """The documents to build from.
+
+    Raises:
+        UserError: the data is ids already, or the train split has no text.
+    """
+    if building.train is None:
+        raise UserError(
+            f"data: the {kind} tokenizer is built from text; got token ids. "
+            "Use ids or json:PATH, or read the text itself with text:GLOB."
+        )
+    found = False
+    for text in building.train():
+        found = found or bool(text)
+        yield text
+    if not found:
+        raise UserError(
+            f"data: the {kind} tokenizer is built from the train split; got no text. "
+            "Check the files of data.name."
+        )
 
 
 def id_dtype(vocab_size: int) -> np.dtype:

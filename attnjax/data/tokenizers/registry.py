@@ -2,7 +2,7 @@
 
 A kind of tokenizer is a file of this folder with `build(argument, building)`,
 `identity(argument)` (JSON-able facts that change when `build` would differ on the
-same text) and `from_json(stored)`.
+same text); a kind that `to_json` names has `from_json(stored)`.
 """
 
 import importlib
@@ -61,12 +61,17 @@ def tokenizer_from_json(stored: dict[str, Any]) -> Tokenizer:
         UserError: not such a description, or of an unknown kind.
     """
     kind = stored.get("type") if isinstance(stored, dict) else None
-    if not isinstance(kind, str):
-        raise UserError(
-            "data: a stored tokenizer must be a JSON object with key 'type'; got "
-            f"{str(stored)[:60]!r}. Restore the file, or train the run anew."
-        )
-    return _module(kind).from_json(stored)
+    read = getattr(_module(kind), "from_json", None) if kind in kinds() else None
+    try:
+        if read is not None:
+            return read(stored)
+        problem = f"type {kind!r}"
+    except Exception as error:  # whatever a damaged description runs into
+        problem = f"{type(error).__name__}: {error}"
+    raise UserError(
+        "data: a stored tokenizer must be what to_json wrote; got "
+        f"{str(stored)[:60]!r} ({problem}). Restore the file, or train the run anew."
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
