@@ -52,8 +52,8 @@ class Block(nnx.Module):
         self.dims = dims
         self.norm_mixer = nn.make_norm(dims.norm, dims.embed_dim, **norm)
         self.mixer = make_mixer(rngs=rngs)
-        self.norm_mlp = self.mlp = None
-        if dims.mlp_dim:
+        self.has_mlp = dims.mlp_dim > 0
+        if self.has_mlp:
             self.norm_mlp = nn.make_norm(dims.norm, dims.embed_dim, **norm)
             self.mlp = nn.MLP(
                 dims.embed_dim,
@@ -78,7 +78,7 @@ class Block(nnx.Module):
             name: self._add(s, out.streams[name], ctx, 2) if name in out.streams else s
             for name, s in streams.items()
         }
-        if self.mlp is not None:
+        if self.has_mlp:
             x = self._add(x, self.mlp(self.norm_mlp(x)), ctx, 1)
             streams = {
                 name: self._add(s, self.mlp(self.norm_mlp(s)), ctx, 3)
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         """The same for decoding: [B, T, C] and the mixer's state -> both."""
         y, state = self.mixer.step(self.norm_mixer(x), state, ctx)
         x = self._add(x, y, ctx, 0)
-        if self.mlp is not None:
+        if self.has_mlp:
             x = self._add(x, self.mlp(self.norm_mlp(x)), ctx, 1)
         return x, state
 

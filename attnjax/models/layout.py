@@ -124,6 +124,30 @@ def named(stack: dict, layout: Layout) -> dict[str, jax.Array]:
     names = {}
     for layer, tree in by_layer(stack, layout).items():
         for path, value in jax.tree_util.tree_leaves_with_path(tree):
-            parts = [str(getattr(p, "key", getattr(p, "idx", p))) for p in path]
-            names["/".join([f"layers/{layer:03d}", *parts])] = value
+            names["/".join([f"layers/{layer:03d}", *path_of(path)])] = value
     return names
+
+
+def absolute_names(path: tuple[str, ...], layout: Layout) -> list[str]:
+    """The absolute names of one array of a model's params.
+
+    Args:
+        path: keys from the root, e.g. ("layers", "group_0", "sub_1", "mlp", ...).
+        layout: the model's layout.
+
+    Returns:
+        One name a layer for a stacked array, else one name.
+    """
+    if path[0] != "layers":
+        return ["/".join(str(p) for p in path)]
+    group, sub = (int(part.rsplit("_", 1)[1]) for part in path[1:3])
+    rest = "/".join(str(p) for p in path[3:])
+    return [f"layers/{layer:03d}/{rest}" for layer in layout.layers_of(group, sub)]
+
+
+def path_of(key_path) -> tuple[str, ...]:
+    """The plain keys of a `jax.tree_util` key path."""
+    return tuple(
+        str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p))))
+        for p in key_path
+    )

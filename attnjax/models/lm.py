@@ -7,7 +7,7 @@ qk_norm and tie_embeddings as the model has them.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from attnjax import nn
+from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError, unknown
@@ -64,7 +65,7 @@ class Config:
     """
 
     name: Literal["lm"] = "lm"
-    layers: Any = "attention"
+    layers: str | tuple[str, ...] = "attention"
     num_layers: int | None = 4
     embed_dim: int = 128
     num_heads: int = 4
@@ -89,9 +90,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "dots"
-    unroll: Any = 1
+    unroll: int | Literal["all"] = 1
     kernel: str = "auto"
-    mixers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixers: schema.Deferred = dataclasses.field(default_factory=dict)
 
 
 def check(config: Config) -> None:
@@ -133,24 +134,15 @@ def check(config: Config) -> None:
             f"config.model.head_dim: must be even for rotary positions; got {head_dim}."
             " Change num_heads or head_dim, or set config.model.positions=none."
         )
-    if config.unroll != "all" and (
-        not isinstance(config.unroll, int) or config.unroll < 1
-    ):
+    if config.unroll != "all" and config.unroll < 1:
         raise UserError(
-            "config.model.unroll: must be a positive int or 'all'; got "
-            f"{config.unroll!r}."
+            f"config.model.unroll: must be at least 1, or 'all'; got {config.unroll}."
         )
 
 
 def resolve(given: dict) -> dict:
     """Fill and check `config.model`: JSON in, JSON out."""
-    from attnjax.core import schema
-
     filled = schema.resolve(Config, given, path="config.model")
-    if isinstance(filled["unroll"], str) and filled["unroll"].isdigit():
-        filled["unroll"] = int(filled["unroll"])
-    if isinstance(filled["layers"], str):
-        filled["layers"] = str(filled["layers"])
     config = schema.build(Config, filled)
     check(config)
     names = schedule.expand(config.layers, config.num_layers)

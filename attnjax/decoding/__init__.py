@@ -1,0 +1,1 @@
+"""Samplers, generation over mixer states, and opening a run."""

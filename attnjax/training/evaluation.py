@@ -1,0 +1,67 @@
+"""Evaluation on the whole held-out split, with one host sync at the end."""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from attnjax import data
+from attnjax.data.prefetch import to_devices
+from attnjax.training import sharding
+from attnjax.training.hosts import host_rows
+
+
+class Stopped(Exception):
+    """An evaluation was asked to stop between two batches."""
+
+
+class Evaluator:
+    """Compiles once; call it with parameters as often as needed.
+
+    Args:
+        experiment: what is evaluated.
+        should_stop: looked at before every batch; True raises `Stopped`.
+    """
+
+    def __init__(self, experiment, *, should_stop: Callable[[], bool] = lambda: False):
+        self.experiment = experiment
+        self.should_stop = should_stop
+        mesh = experiment.mesh
+        settings = experiment.eval
+        self.batch_size = settings.batch_size or experiment.train.batch_size
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        # Padding rows weigh nothing, so a batch may be rounded up to fit the mesh.
+        self.batch_size = -(-self.batch_size // shards) * shards
+        self._sharding = sharding.batch_sharding(mesh, leading=0)
+
+        def step(params, buffers, totals, batch):
+            sums = experiment.task.evaluate(params, buffers, batch)
+            return jax.tree.map(lambda a, b: a + b, totals, sums)
+
+        self._step = jax.jit(step)
+
+    def _batches(self):
+        source, settings = self.experiment.data, self.experiment.eval
+        batches = data.eval_batches(
+            self.experiment.corpus.eval,
+            batch_size=self.batch_size,
+            seq_len=source.seq_len,
+            mode=source.packing,
+            isolate=source.isolate,
+            rows=host_rows(self.batch_size),
+        )
+        return itertools.islice(batches, settings.batches)
+
+    def __call__(self, params: dict, buffers: dict) -> dict:
+        """Metrics of the held-out split: `task.summary` of the sums."""
+        totals = {name: np.float32(0) for name in ("nll", "correct", "weight")}
+        for batch in self._batches():
+            if self.should_stop():
+                raise Stopped
+            batch = to_devices(batch, self._sharding)
+            totals = self._step(params, buffers, totals, batch)
+        totals = {name: float(value) for name, value in totals.items()}
+        return self.experiment.task.summary(
+            totals, bytes_per_token=self.experiment.bytes_per_token
+        )

@@ -1,0 +1,66 @@
+"""The loss curve of a run."""
+
+import json
+from pathlib import Path
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's palette
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a torn last line is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def loss_curve(
+    rows: list[dict], path: Path, *, title: str, levels: dict[str, float]
+) -> None:
+    """Draw training and held-out loss against the step into a PNG.
+
+    Args:
+        rows: of metrics.jsonl.
+        path: the PNG.
+        title: above the picture.
+        levels: horizontal lines by name, nats per token.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
+    for split, colour, mark in (("train", BLUE, None), ("eval", ORANGE, "o")):
+        points = [
+            (row["step"], row["loss"])
+            for row in rows
+            if row["split"] == split and isinstance(row.get("loss"), float)
+        ]
+        if points:
+            name = "training" if split == "train" else "held out"
+            axes.plot(*zip(*points, strict=True), color=colour, marker=mark, label=name)
+    for name, level in levels.items():
+        axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(
+            name,
+            (1.0, level),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(-4, 3),
+            ha="right",
+            fontsize=8,
+            color=GREY,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,200 @@
+"""The training step: a pure function of (state, batches), with donated state.
+
+State is a dict of plain arrays:
+    params, opt, buffers    as the model and the optimizer made them
+    ema                     average of params, where config.optim.ema_decay is set
+    step                    int32, the next step to run
+    health                  "bad_steps" int32, how many updates were not applied;
+                            "bad_in_row" int32, how many of the latest; "first_bad"
+                            int32, the first of the latest row or -1; "finite" bool per
+                            array of params, for that first bad step
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from attnjax.training import optimizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything static that the step needs.
+
+    Attributes:
+        task: has `weight(batch)` and `loss(...)`.
+        optim: `config.optim`.
+        steps: train.steps, for the schedule.
+        seed: train.seed: all randomness is a function of it and the step.
+        accumulate: micro-batches a step.
+    """
+
+    task: Any
+    optim: optimizers.Config
+    steps: int
+    seed: int
+    accumulate: int = 1
+
+
+def init_state(recipe: Recipe) -> dict:
+    """The state before step 0; call it under jax.jit."""
+    model = recipe.task.model
+    params, buffers = model.init(recipe.seed)
+    optimizer = optimizers.make(recipe.optim, model.layout)
+    state = {
+        "params": params,
+        "opt": optimizer.init(params),
+        "buffers": buffers,
+        "step": jnp.zeros((), jnp.int32),
+        "health": {
+            "bad_steps": jnp.zeros((), jnp.int32),
+            "bad_in_row": jnp.zeros((), jnp.int32),
+            "first_bad": jnp.full((), -1, jnp.int32),
+            "finite": jax.tree.map(lambda _: jnp.ones((), bool), params),
+        },
+    }
+    if recipe.optim.ema_decay is not None:
+        state["ema"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+def make_step(recipe: Recipe):
+    """(state, batch of one step) -> (state, metrics): pure, for jit and scan.
+
+    Batch arrays are [B, T], or [A, B / A, T] with A = recipe.accumulate > 1.
+    """
+    model = recipe.task.model
+    optimizer = optimizers.make(recipe.optim, model.layout)
+    rate_at = optimizers.learning_rate(recipe.optim, recipe.steps)
+    abstract = jax.eval_shape(model.init, recipe.seed)[0]
+    trains = optimizers.frozen(recipe.optim, abstract, model.layout)
+
+    def step(state: dict, batch: dict) -> tuple[dict, dict]:
+        prng_key = jax.random.fold_in(jax.random.key(recipe.seed + 1), state["step"])
+        grads, metrics, buffers = _gradients(recipe, state, batch, prng_key)
+        if trains is not None:
+            grads = _scale(grads, trains)
+        finite = jax.tree.map(lambda g: jnp.isfinite(jnp.sum(jnp.square(g))), grads)
+        is_good = jnp.isfinite(metrics["loss"])
+        is_good &= jnp.all(jnp.stack(jax.tree.leaves(finite)))
+
+        norm = optax.global_norm(grads)
+        if recipe.optim.clip_norm is not None:
+            factor = jnp.minimum(1.0, recipe.optim.clip_norm / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+        updates, opt = optimizer.update(grads, state["opt"], state["params"])
+        rate = rate_at(state["step"])
+        updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
+        if trains is not None:
+            updates = _scale(updates, trains)
+        params = optax.apply_updates(state["params"], updates)
+
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, old)
+
+        new = {
+            "params": keep(params, state["params"]),
+            "opt": keep(opt, state["opt"]),
+            "buffers": keep(buffers, state["buffers"]),
+            "step": state["step"] + 1,
+            "health": _health(state, finite, is_good),
+        }
+        if "ema" in state:
+            new["ema"] = _average(state["ema"], new["params"], recipe.optim.ema_decay)
+        metrics |= {
+            "grad_norm": norm,
+            "param_norm": optax.global_norm(new["params"]),
+            "update_norm": jnp.where(is_good, optax.global_norm(updates), 0.0),
+            "learning_rate": rate,
+            "bad_in_row": new["health"]["bad_in_row"],
+        }
+        return new, metrics
+
+    return step
+
+
+def make_dispatch(recipe: Recipe):
+    """(state, batches [K, ...]) -> (state, metrics [K]): K steps in one program."""
+    step = make_step(recipe)
+
+    def dispatch(state: dict, batches: dict) -> tuple[dict, dict]:
+        count = jax.tree.leaves(batches)[0].shape[0]
+        if count == 1:
+            state, metrics = step(state, jax.tree.map(lambda b: b[0], batches))
+            return state, jax.tree.map(lambda m: m[None], metrics)
+        return jax.lax.scan(step, state, batches)
+
+    return dispatch
+
+
+def _gradients(recipe: Recipe, state: dict, batch: dict, prng_key):
+    """(gradients, metrics, new buffers) of the mean loss of the whole batch."""
+    task = recipe.task
+
+    def loss(params, micro, key, normaliser):
+        return task.loss(
+            params,
+            state["buffers"],
+            micro,
+            normaliser=normaliser,
+            prng_key=key,
+            train=True,
+        )
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    normaliser = jnp.maximum(task.weight(batch), 1.0)
+    if recipe.accumulate == 1:
+        (_, (metrics, buffers)), grads = gradient(
+            state["params"], batch, prng_key, normaliser
+        )
+        return grads, metrics, buffers
+
+    def one(index, micro):
+        key = jax.random.fold_in(prng_key, index)
+        (_, aux), grads = gradient(state["params"], micro, key, normaliser)
+        return grads, aux
+
+    def body(carry, xs):
+        return jax.tree.map(jnp.add, carry, one(*xs)), None
+
+    indices = jnp.arange(recipe.accumulate)
+    first = jax.tree.map(lambda b: b[0], batch)
+    zero = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, indices[0], first)
+    )
+    (grads, (metrics, buffers)), _ = jax.lax.scan(body, zero, (indices, batch))
+    buffers = jax.tree.map(
+        lambda b: (
+            b / recipe.accumulate
+            if jnp.issubdtype(b.dtype, jnp.floating)
+            else b // recipe.accumulate
+        ),
+        buffers,
+    )
+    return grads, metrics, buffers
+
+
+def _scale(tree, factors):
+    return jax.tree.map(lambda a, f: a * jnp.asarray(f, a.dtype), tree, factors)
+
+
+def _average(ema, params, decay: float):
+    return jax.tree.map(
+        lambda e, p: e + (1.0 - decay) * (p - e).astype(e.dtype), ema, params
+    )
+
+
+def _health(state: dict, finite, is_good) -> dict:
+    old = state["health"]
+    starts = ~is_good & (old["bad_in_row"] == 0)
+    return {
+        "bad_steps": old["bad_steps"] + ~is_good,
+        "bad_in_row": jnp.where(is_good, 0, old["bad_in_row"] + 1),
+        "first_bad": jnp.where(starts, state["step"], old["first_bad"]),
+        "finite": jax.tree.map(
+            lambda now, was: jnp.where(starts, now, was), finite, old["finite"]
+        ),
+    }
