@@ -1,0 +1,1 @@
+"""Token mixers: one file per mechanism, found by file name."""
