@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import sys
@@ -69,8 +70,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes `path`'s place when the block succeeds.
 
     What stood at `path` is moved aside first and removed last, so `path` never
-    holds a mixture; maps of the old files stay valid for those who hold them.
+    holds a mixture; maps of the old files stay valid for those who hold them. Call
+    it under `one_builder`: what a killed builder left behind is removed here.
     """
+    for left in path.parent.glob(glob.escape(path.name) + ".???-*"):
+        shutil.rmtree(left, ignore_errors=True)
     fresh = Path(tempfile.mkdtemp(prefix=path.name + ".new-", dir=path.parent))
     try:
         yield fresh

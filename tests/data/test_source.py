@@ -8,11 +8,11 @@ from attnjax.data.config import TextConfig, check_fraction
 
 
 def test_sources_are_the_files_that_declare_one():
-    assert "stdlib" in known_sources()
+    assert {"stdlib", "text", "tokens", "tfds"} <= set(known_sources())
     assert "batches" not in known_sources()
 
 
-@pytest.mark.parametrize("name", ["stdlib"])
+@pytest.mark.parametrize("name", ["stdlib", "text:*", "tokens:*", "tfds:x"])
 def test_a_source_has_a_frozen_config_with_a_usable_default(name):
     config = config_class(name)
     assert issubclass(config, TextConfig)
@@ -64,3 +64,9 @@ def test_an_unknown_tokenizer_is_refused():
     message = r"unknown tokenizer 'byte'\. Did you mean bytes"
     with pytest.raises(UserError, match=message):
         open_corpus(config)
+
+
+@pytest.mark.parametrize("name", ["text", "text:", "tokens", "tfds:"])
+def test_a_missing_argument_is_refused(name):
+    with pytest.raises(UserError, match=f"needs an argument; got name='{name}'"):
+        config_class(name)
