@@ -7,7 +7,8 @@ given without a dash. Values are read by the same code as config values.
 """
 
 import dataclasses
-import sys
+import inspect
+import textwrap
 import typing
 from typing import Any
 
@@ -92,9 +93,14 @@ def help_text(
         shown = field.name.upper() if is_positional(field) else f"--{flag}{value}"
         usage.append(f"[{shown}]" if has_default(field) else shown)
         rows.append((shown, _help_line(field, kind, docs.get(field.name, ""))))
-    summary = (options.__doc__ or "").strip().partition("\n")[0]
+    summary = inspect.cleandoc(options.__doc__ or "").partition("Attributes:")[0]
     width = max(len(left) for left, _ in rows) if rows else 0
-    lines = [" ".join(usage), "", summary, ""]
+    lines = [
+        *textwrap.wrap(" ".join(usage), 88, subsequent_indent="    "),
+        "",
+        summary.strip(),
+        "",
+    ]
     lines += [f"  {left:<{width}}  {right}".rstrip() for left, right in rows]
     return "\n".join(lines)
 
@@ -111,9 +117,10 @@ def is_positional(field: dataclasses.Field) -> bool:
 
 def _help_line(field: dataclasses.Field, kind: Any, doc: str) -> str:
     default = field.default
-    if default is None or default is dataclasses.MISSING or default is False:
+    if default in (None, dataclasses.MISSING, "") or default is False:
         return doc
-    return f"{doc} [{type_name(kind)}, default {default}]".strip()
+    shown = repr(default) if isinstance(default, str) else default
+    return f"{doc} [{type_name(kind)}, default {shown}]".strip()
 
 
 def _metavar(kind: Any) -> str:
@@ -122,7 +129,10 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(str(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return " ".join(_metavar(k) for k in typing.get_args(kind) if k is not ...)
+        args = typing.get_args(kind)
+        if args[-1] is ...:
+            return f"{_metavar(args[0])},..."
+        return " ".join(_metavar(arg) for arg in args)
     return {int: "N", float: "X", str: "TEXT"}.get(kind, "VALUE")
 
 
@@ -239,8 +249,3 @@ class _Parser:
 
 PATH = "flags"
 CONFIG_GROUPS = ("model", "data", "task", "optim", "train", "eval", "mesh")
-
-
-def arguments() -> list[str]:
-    """This process's command line, without the program's name."""
-    return sys.argv[1:]

@@ -129,3 +129,28 @@ def test_help_names_every_flag_and_exits_with_0(capsys):
         "of sampling, 0 is greedy. [float, default 1.0]",
     ):
         assert words in text
+
+
+def test_help_shows_the_whole_summary_and_defaults_as_one_would_type_them(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Wordy:
+        """Says much; so much
+        that it needs two lines.
+
+        Attributes:
+            prompt: the start.
+            size: how big.
+            layers: which.
+        """
+
+        prompt: str = "\n"
+        size: int = 0
+        layers: tuple[int, ...] | None = None
+
+    with pytest.raises(SystemExit):
+        parse("-h", options=Wordy)
+    text = capsys.readouterr().out
+    assert "\nSays much; so much\nthat it needs two lines.\n\n" in text
+    assert r"the start. [str, default '\n']" in text
+    assert "--layers N,...  which." in text
+    assert "how big. [int, default 0]" in text
