@@ -1,9 +1,7 @@
 """The backward pass over tiles: weights recomputed from the rows' log-sums.
 
-Tiles are keys-major, [B, H, s, t]: of the five products of a tile four are then
-plain row-times-column products, which XLA's CPU code runs about twice as fast as
-those with a transposed left side. Gradients of keys and values are carried whole and
-added to in place; the order is fixed, so results repeat bit for bit.
+Gradients of keys and values are carried whole, features first (see `tiles.collect`),
+and added to in place; the order is fixed, so results repeat bit for bit.
 """
 
 from collections.abc import Mapping
@@ -36,8 +34,8 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
     rows, sink_grads = _rows(plan, q, operands, kept, cotangents)
     trained = {op.name: op for op in request.spec.score_operands}
     start = (
-        jnp.zeros_like(blocks[0]),
-        jnp.zeros_like(blocks[1]),
+        jnp.zeros_like(blocks[0].mT),
+        jnp.zeros_like(blocks[1].mT),
         {name: jnp.zeros(padded[name].shape, dtype) for name in trained},
     )
 
@@ -47,7 +45,7 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
         def visit(indices, masked, n, inner):
             d_q, d_k, d_v, d_ops = inner
             j = indices[n]
-            tile, mask = tile_at(plan, padded, i, j, keys_major=True)
+            tile, mask = tile_at(plan, padded, i, j)
             mask = mask if masked else None
             grads = _tile_gradients(
                 request, row_i, (blocks[0][j], blocks[1][j]), tile, mask
@@ -77,13 +75,13 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
         for name, x in d_ops.items()
     }
     d_q = join_blocks(d_q, request.q_len) * scale
-    d_k, d_v = (join_blocks(x, request.kv_len) for x in (d_k, d_v))
+    d_k, d_v = (join_blocks(x.mT, request.kv_len) for x in (d_k, d_v))
     return d_q, d_k, d_v, d_ops | sink_grads
 
 
 def _rows(plan: BlockPlan, q, operands: Arrays, kept, cotangents):
     """Per block of queries: scaled q, the output's cotangent, and row statistics
-    [B, H, 1, t]; and the gradient of the weight map's own operand."""
+    [B, H, t, 1]; and the gradient of the weight map's own operand."""
     request = plan.request
     dtype, size = request.compute_dtype, (plan.block_q, plan.num_q)
     out, lse = kept
@@ -96,43 +94,45 @@ def _rows(plan: BlockPlan, q, operands: Arrays, kept, cotangents):
         return rows, {}
     delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1)
     d_sum = d_lse.astype(dtype) - delta
-    stats = {"lse": lse, "d_sum": d_sum}
     grads = tile_math.sink_gradient(
         request.spec,
         operands,
-        *(jnp.swapaxes(x, 1, 2)[..., None] for x in stats.values()),
+        *(jnp.swapaxes(x, 1, 2)[..., None] for x in (lse, d_sum)),
     )
-    for name, x in stats.items():
-        blocks = split_blocks(x[..., None], *size)
-        rows[name] = jnp.swapaxes(blocks, -1, -2)
+    # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
+    shift = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+    d_sum = d_sum[..., None]
+    if not request.spec.weight_map.needs_max:
+        factor = jnp.exp(-shift)
+        rows["d_out"] = split_blocks(d_out.astype(dtype) * factor, *size)
+        d_sum, shift = d_sum * factor, jnp.zeros_like(shift)
+    rows["shift"], rows["d_sum"] = (split_blocks(x, *size) for x in (shift, d_sum))
     return rows, grads
 
 
 def _tile_gradients(request, row, kv, tile, mask):
     """What one tile adds to the gradients of q, k, v and the score operands."""
     spec, (k, v) = request.spec, kv
-    raw = tiles.products_keys_major(k, row["q"])
+    raw = tiles.products(row["q"], k)
     s = tile_math.masked_scores(spec, raw, tile, mask)
-    lse = row.get("lse")
-    lse = None if lse is None else tile_math.finite(lse)
-    w = spec.weight_map.weights(s, lse)
-    ds = tiles.products_keys_major(v, row["d_out"])
-    if lse is not None:
+    u = spec.weight_map.unnormalized(s, row.get("shift"))
+    ds = tiles.products(row["d_out"], v)
+    if "d_sum" in row:
         ds = ds + row["d_sum"]
-    ds = spec.weight_map.slope(s, w, lse) * ds
+    ds = spec.weight_map.slope(s, u) * ds
     d_raw, spread = tile_math.score_gradients(spec, raw, ds, tile, mask)
     kv_heads = request.num_kv_heads
     return (
-        tiles.mix_keys_major(d_raw, k),
-        tiles.collect_keys_major(d_raw, row["q"], kv_heads),
-        tiles.collect_keys_major(w, row["d_out"], kv_heads),
+        tiles.mix(d_raw, k),
+        tiles.collect(d_raw, row["q"], kv_heads),
+        tiles.collect(u, row["d_out"], kv_heads),
         spread,
     )
 
 
 def _add_tile(plan: BlockPlan, total, spread, operand, i, j):
     """Add a tile's spread cotangent to the operand's gradient."""
-    part = tile_math.reduce_tile(spread, operand, total, keys_major=True)
+    part = tile_math.reduce_tile(spread, operand, total)
     if operand.axes == "*":
         return total + part
     starts = [jnp.int32(0)] * total.ndim

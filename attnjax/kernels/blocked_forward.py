@@ -39,15 +39,14 @@ def pad_operands(plan: BlockPlan, operands: Arrays) -> dict[str, jax.Array]:
     return padded
 
 
-def tile_at(plan: BlockPlan, operands: Arrays, i, j, *, keys_major: bool = False):
+def tile_at(plan: BlockPlan, operands: Arrays, i, j):
     """Tile (i, j) and its whole mask, the padding of the keys included."""
     place = (i * plan.block_q, plan.block_q, j * plan.block_k, plan.block_k)
-    tile = tiles.make_tile(plan.request, operands, place, keys_major=keys_major)
+    tile = tiles.make_tile(plan.request, operands, place)
     mask = tiles.visible(plan.request.spec, tile)
     if plan.padded_keys:
         keys = jnp.arange(plan.block_k, dtype=jnp.int32) + j * plan.block_k
-        shape = (1, 1, -1, 1) if keys_major else (1, 1, 1, -1)
-        exists = (keys < plan.request.kv_len).reshape(shape)
+        exists = (keys < plan.request.kv_len)[None, None, None, :]
         mask = exists if mask is None else mask & exists
     return tile, mask
 
@@ -94,7 +93,7 @@ def _empty_rows(plan: BlockPlan, dtype):
     rows = (request.batch, request.num_heads, plan.block_q)
     acc = jnp.zeros((*rows, request.value_dim), dtype)
     weight_map = request.spec.weight_map
-    top = jnp.full((*rows, 1), -jnp.inf, dtype) if weight_map.needs_max else None
+    top = jnp.full((*rows, 1), tile_math.LOW, dtype) if weight_map.needs_max else None
     total = jnp.zeros((*rows, 1), dtype) if weight_map.needs_sum else None
     return acc, top, total
 
@@ -102,13 +101,12 @@ def _empty_rows(plan: BlockPlan, dtype):
 def _absorb(spec, carry, s: jax.Array, v: jax.Array):
     """Add one tile of scores to the running rows."""
     acc, top, total = carry
-    new_top = shift = None
+    new_top = None
     if top is not None:
         new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
-        shift = tile_math.finite(new_top)
-        fade = jnp.exp(top - shift)
+        fade = jnp.exp(top - new_top)
         acc, total = acc * fade, total * fade
-    u = tile_math.unnormalized(spec, s, shift)
+    u = spec.weight_map.unnormalized(s, new_top)
     if total is not None:
         total = total + jnp.sum(u, axis=-1, keepdims=True)
     return acc + tiles.mix(u, v), new_top, total
@@ -120,8 +118,5 @@ def _finish(spec, carry, operands: Arrays):
     if total is None:
         return acc, None
     sink = tile_math.sink_column(spec, operands, acc.dtype)
-    top = None if top is None else tile_math.finite(top)
-    lse = tile_math.log_sum(top, total, sink)
-    if sink is None:
-        return acc / jnp.where(total > 0, total, 1), lse
-    return acc * jnp.exp((0 if top is None else top) - lse), lse
+    factor, lse = tile_math.row_results(top, total, sink)
+    return acc * factor, lse

@@ -22,6 +22,8 @@ class ScoreStep:
 
     # The arrays that the step needs.
     operands: tuple[Operand, ...] = ()
+    # Whether scores are never NaN or +inf, at masked places too.
+    finite: bool = True
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
         """New scores, same shape and dtype as `s`."""
@@ -112,6 +114,7 @@ class ScoreFn(ScoreStep):
     fn: Callable[..., Any]
     names: tuple[str, ...] = ()
     reduce: tuple[str, ...] = ()
+    finite = False
 
     def __post_init__(self):
         check_static_fn("ScoreFn", self.fn)

@@ -1,6 +1,5 @@
 """The arithmetic of one tile, shared by every blocked form: scores to weights, and
-the derivative of a tile's scores. All arrays here have the tile's orientation,
-[B, H, t, s] or, keys-major, [B, H, s, t]; row statistics broadcast against it.
+the derivative of a tile's scores. Tiles are [B, H, t, s], row statistics [B, H, t, 1].
 """
 
 import jax
@@ -11,26 +10,25 @@ from attnjax.kernels.masks import Tile
 from attnjax.kernels.operands import Operand
 from attnjax.kernels.spec import AttentionSpec
 
+# What a masked score is: so low that no score is lost beside it, and finite, so that
+# a row with nothing visible makes no NaN on its way to becoming 0.
+LOW = -1e30
+
 
 def masked_scores(
     spec: AttentionSpec, raw: jax.Array, tile: Tile, mask: jax.Array | None
 ) -> jax.Array:
-    """Scaled products to scores; -inf where masked."""
+    """Scaled products to scores; `LOW` or less where masked.
+
+    The mask is added where that is safe: XLA's CPU compiler joins an addition, and
+    not a selection, to the product before it and the row maximum after it.
+    """
     s = tiles.score_chain(spec, tile)(raw, {}) if spec.score else raw
-    return s if mask is None else jnp.where(mask, s, -jnp.inf)
-
-
-def finite(row: jax.Array) -> jax.Array:
-    """A row statistic with -inf (nothing visible) replaced by 0, so that
-    exp(-inf - row) is 0 and not NaN."""
-    return jnp.where(row == -jnp.inf, 0, row)
-
-
-def unnormalized(
-    spec: AttentionSpec, s: jax.Array, row_max: jax.Array | None
-) -> jax.Array:
-    """Unnormalised weights; row_max is finite."""
-    return spec.weight_map.unnormalized(s, row_max)
+    if mask is None:
+        return s
+    if all(step.finite for step in spec.score):
+        return s + jnp.where(mask, 0, jnp.asarray(LOW, s.dtype))
+    return jnp.where(mask, s, jnp.asarray(LOW, s.dtype))
 
 
 def score_gradients(
@@ -65,14 +63,10 @@ def score_gradients(
     return jnp.where(mask, d_raw, 0), d_trained
 
 
-def reduce_tile(
-    spread: jax.Array, operand: Operand, array: jax.Array, *, keys_major: bool
-) -> jax.Array:
+def reduce_tile(spread: jax.Array, operand: Operand, array: jax.Array) -> jax.Array:
     """Sum a spread cotangent to the shape of the operand's tile, in its own axes."""
     if operand.axes == "*":
         return spread
-    if keys_major:
-        spread = jnp.swapaxes(spread, 2, 3)
     summed = []
     for i, letter in enumerate("bhts"):
         axis = operand.axes.find(letter)
@@ -91,20 +85,33 @@ def sink_column(spec: AttentionSpec, operands, dtype) -> jax.Array | None:
     return jnp.reshape(jnp.asarray(sink, dtype), (1, -1, 1, 1))
 
 
-def log_sum(
-    row_max: jax.Array | None, total: jax.Array, sink: jax.Array | None
-) -> jax.Array:
-    """log of the row's sum: -inf where nothing is visible and there is no sink.
+def row_results(
+    top: jax.Array | None,
+    total: jax.Array,
+    sink: jax.Array | None,
+    alive: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The factor from unnormalised weights to weights, and the log-sum, of each row.
+
+    A row that sees nothing has factor 0 and log-sum -inf (the sink's logit, if any).
 
     Args:
-        row_max: what the sum was scaled by, finite; None for 0.
+        top: row maximum that the weights were shifted by; None for 0.
         total: sum of unnormalised weights.
+        sink: logit that joins the sum, or None.
+        alive: whether the row sees anything; None reads it from `top` and `total`.
     """
-    some = total > 0
-    lse = jnp.log(jnp.where(some, total, 1))
-    lse = lse if row_max is None else lse + row_max
-    lse = jnp.where(some, lse, -jnp.inf)
-    return lse if sink is None else jnp.logaddexp(lse, sink)
+    if alive is None:
+        alive = total > 0
+        alive = alive if top is None else alive & (top > LOW / 2)
+    safe = jnp.where(alive & (total > 0), total, 1)
+    lse = jnp.log(safe) if top is None else jnp.log(safe) + top
+    lse = jnp.where(alive & (total > 0), lse, -jnp.inf)
+    if sink is None:
+        return jnp.where(alive, 1 / safe, 0), lse
+    lse = jnp.logaddexp(lse, sink)
+    shift = 0 if top is None else jnp.where(alive, top, -jnp.inf)
+    return jnp.exp(shift - lse), lse
 
 
 def sink_gradient(

@@ -53,35 +53,22 @@ def cut(array: jax.Array, axes: str, place: Place) -> jax.Array:
 
 
 def make_tile(
-    request: Request,
-    operands: Mapping[str, jax.Array],
-    place: Place,
-    *,
-    keys_major: bool = False,
+    request: Request, operands: Mapping[str, jax.Array], place: Place
 ) -> Tile:
-    """Index arrays and operand tiles at `place`.
-
-    With `keys_major` everything broadcasts against [B, H, s, t] instead: score steps
-    and masks are elementwise, so they do not notice.
-    """
+    """Index arrays and operand tiles at `place`."""
     q_first, q_size, k_first, k_size = place
     known = declarations(request.spec)
+    cuts = {
+        name: cut(array, known[name].axes, place) for name, array in operands.items()
+    }
     queries = jnp.arange(q_size, dtype=jnp.int32) + q_first
     keys = jnp.arange(k_size, dtype=jnp.int32) + k_first
-    arrays = {"q_positions": queries[None, None, :, None]}
-    arrays["k_positions"] = keys[None, None, None, :]
-    whole = {n: x for n, x in operands.items() if known[n].axes == "*"}
-    for name, array in operands.items():
-        if name not in whole:
-            arrays[name] = cut(array, known[name].axes, place)
-    if keys_major:
-        arrays = {name: jnp.swapaxes(x, 2, 3) for name, x in arrays.items()}
     return Tile(
         b=jnp.arange(request.batch, dtype=jnp.int32)[:, None, None, None],
         h=jnp.arange(request.num_heads, dtype=jnp.int32)[None, :, None, None],
-        q=arrays.pop("q_positions"),
-        k=arrays.pop("k_positions"),
-        operands=arrays | whole,
+        q=cuts.pop("q_positions", queries[None, None, :, None]),
+        k=cuts.pop("k_positions", keys[None, None, None, :]),
+        operands=cuts,
     )
 
 
@@ -112,29 +99,17 @@ def mix(w: jax.Array, v: jax.Array, precision=None) -> jax.Array:
     return out.reshape(b, h, t, e)
 
 
-def products_keys_major(k: jax.Array, q: jax.Array) -> jax.Array:
-    """k.q for [B, K, s, D] and [B, H, t, D]: [B, H, s, t]."""
-    b, h, t, d = q.shape
-    kv_heads, s = k.shape[1], k.shape[2]
-    grouped = q.reshape(b, kv_heads, h // kv_heads, t, d)
-    return jnp.einsum("bksd,bkgtd->bkgst", k, grouped).reshape(b, h, s, t)
+def collect(w: jax.Array, x: jax.Array, kv_heads: int) -> jax.Array:
+    """x^T w for [B, H, t, s] and [B, H, t, E], summed over the heads that share a kv
+    head: [B, K, E, s].
 
-
-def mix_keys_major(w: jax.Array, v: jax.Array) -> jax.Array:
-    """w^T v for [B, H, s, t] and [B, K, s, E]: [B, H, t, E]."""
-    b, h, s, t = w.shape
-    kv_heads, e = v.shape[1], v.shape[3]
-    grouped = w.reshape(b, kv_heads, h // kv_heads, s, t)
-    return jnp.einsum("bkgst,bkse->bkgte", grouped, v).reshape(b, h, t, e)
-
-
-def collect_keys_major(w: jax.Array, x: jax.Array, kv_heads: int) -> jax.Array:
-    """w x for [B, H, s, t] and [B, H, t, E], summed over the heads that share a kv
-    head: [B, K, s, E]."""
-    b, h, s, t = w.shape
-    grouped_w = w.reshape(b, kv_heads, h // kv_heads, s, t)
+    The result has its features first: a product with the large side w transposed
+    takes XLA's CPU code twice the time.
+    """
+    b, h, t, s = w.shape
+    grouped_w = w.reshape(b, kv_heads, h // kv_heads, t, s)
     grouped_x = x.reshape(b, kv_heads, h // kv_heads, t, -1)
-    return jnp.einsum("bkgst,bkgte->bkse", grouped_w, grouped_x)
+    return jnp.einsum("bkgte,bkgts->bkes", grouped_x, grouped_w)
 
 
 def trained_tiles(
@@ -168,12 +143,3 @@ def score_chain(
         return s
 
     return chain
-
-
-def collect(w: jax.Array, x: jax.Array, kv_heads: int) -> jax.Array:
-    """w^T x for [B, H, t, s] and [B, H, t, E], summed over the heads that share a kv
-    head: [B, K, s, E]."""
-    b, h, t, s = w.shape
-    grouped_w = w.reshape(b, kv_heads, h // kv_heads, t, s)
-    grouped_x = x.reshape(b, kv_heads, h // kv_heads, t, -1)
-    return jnp.einsum("bkgts,bkgte->bkse", grouped_w, grouped_x)

@@ -1,13 +1,14 @@
 """How a row of scores becomes a row of weights.
 
 A weight map states which row statistics it needs and gives elementwise formulas; an
-implementation supplies the tiling. With u the unnormalised weights of a row:
-  needs_max:  u may use the row's running maximum m, as u = exp(s - m);
+implementation supplies the tiling. With u = `unnormalized(s, shift)`:
+  needs_max:  u = exp(s - shift), where shift is the row's running maximum going
+              forward and its log-sum going back;
   needs_sum:  weights are u / (sum of u [+ the sink's term]);
   neither:    weights are u.
-`weights` recomputes final weights from the row's log-sum, and `slope` gives
-d weight / d s with the log-sum held, which is all that a backward pass needs:
-    ds = slope * (dp - needs_sum * (delta - dlse)),   delta = sum_e(do * o).
+`slope` is du/ds with the shift held, which is all that a backward pass needs: with r
+the factor from u to weights (1 over the row's sum),
+    ds = slope * r * (dp - needs_sum * (delta - dlse)),   delta = sum_e(do * o).
 """
 
 import dataclasses
@@ -26,16 +27,12 @@ class WeightMap:
     # The array that the map needs: none, or the logit of its sink.
     operands: tuple[Operand, ...] = ()
 
-    def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
-        """u for scores that may be -inf (masked), where it must be 0."""
+    def unnormalized(self, s: jax.Array, shift: jax.Array | None) -> jax.Array:
+        """u; 0 where s is hugely negative (masked), unless the shift is too."""
         raise NotImplementedError
 
-    def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
-        """Final weights; 0 where s is -inf."""
-        raise NotImplementedError
-
-    def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
-        """d w / d s with the row's log-sum held; 0 where s is -inf."""
+    def slope(self, s: jax.Array, u: jax.Array) -> jax.Array:
+        """du/ds with the shift held, from s and u; 0 where u is 0 by masking."""
         raise NotImplementedError
 
     def sink_logit(self, operands: dict[str, jax.Array]) -> jax.Array | float | None:
@@ -72,18 +69,14 @@ class Softmax(WeightMap):
             return (Operand("sink", "h", "float", trains=True),)
         return ()
 
-    def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
-        """exp(s - row_max)."""
-        return jnp.exp(s - row_max)
+    def unnormalized(self, s: jax.Array, shift: jax.Array | None) -> jax.Array:
+        """exp(s - shift)."""
+        return jnp.exp(s - shift)
 
-    def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
-        """exp(s - log_sum)."""
-        return jnp.exp(s - log_sum)
-
-    def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
-        """w: the derivative of exp is itself."""
-        del s, log_sum
-        return w
+    def slope(self, s: jax.Array, u: jax.Array) -> jax.Array:
+        """u: the derivative of exp is itself."""
+        del s
+        return u
 
     def sink_logit(self, operands: dict[str, jax.Array]) -> jax.Array | float | None:
         """The operand, 0, or None without a sink."""
@@ -103,16 +96,12 @@ class Sigmoid(WeightMap):
 
     bias: float = 0.0
 
-    def unnormalized(self, s: jax.Array, row_max: jax.Array | None) -> jax.Array:
+    def unnormalized(self, s: jax.Array, shift: jax.Array | None) -> jax.Array:
         """sigmoid(s + bias)."""
-        del row_max
+        del shift
         return jax.nn.sigmoid(s + self.bias)
 
-    def weights(self, s: jax.Array, log_sum: jax.Array | None) -> jax.Array:
-        """The same: nothing is normalised."""
-        return self.unnormalized(s, log_sum)
-
-    def slope(self, s: jax.Array, w: jax.Array, log_sum: jax.Array | None) -> jax.Array:
-        """w (1 - w)."""
-        del s, log_sum
-        return w * (1 - w)
+    def slope(self, s: jax.Array, u: jax.Array) -> jax.Array:
+        """u (1 - u)."""
+        del s
+        return u * (1 - u)
