@@ -95,12 +95,10 @@ def help_text(
         rows.append((shown, _help_line(field, kind, docs.get(field.name, ""))))
     summary = inspect.cleandoc(options.__doc__ or "").partition("Attributes:")[0]
     width = max(len(left) for left, _ in rows) if rows else 0
-    lines = [
-        *textwrap.wrap(" ".join(usage), 88, subsequent_indent="    "),
-        "",
-        summary.strip(),
-        "",
-    ]
+    # A flag and its value stay on one line.
+    joined = " ".join(word.replace(" ", "\0") for word in usage)
+    wrapped = textwrap.fill(joined, 88, subsequent_indent="    ").replace("\0", " ")
+    lines = [wrapped, "", summary.strip(), ""]
     lines += [f"  {left:<{width}}  {right}".rstrip() for left, right in rows]
     return "\n".join(lines)
 
