@@ -71,7 +71,7 @@ class Stack:
     def init(self, key: jax.Array) -> tuple[dict, dict]:
         """Initial (params, buffers); a function of (key, parameter path, layer)."""
         params, buffers = {}, {}
-        for g, (pattern, repeats) in enumerate(self.layout.groups):
+        for g, (pattern, _) in enumerate(self.layout.groups):
             group_params, group_buffers = {}, {}
             for j, name in enumerate(pattern):
                 layers = jnp.asarray(self.layout.layers_of(g, j), jnp.int32)

@@ -112,7 +112,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     def powers(count: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
 
-    whole = 2 ** int(math.floor(math.log2(num_heads)))
+    whole = 2 ** math.floor(math.log2(num_heads))
     slopes = powers(whole)
     if whole < num_heads:
         slopes += powers(2 * whole)[0::2][: num_heads - whole]

@@ -23,7 +23,6 @@ IDENTITY_EXCLUDES = (
     "mesh",
     "data.cache_dir",
     "data.data_dir",
-    "data.prefetch",
     "train.log_every",
     "train.save_every",
     "train.save_minutes",
@@ -197,6 +196,8 @@ class Experiment:
         recipe: the static part of the training step.
         mesh: the devices.
         rules: logical axis -> mesh axes.
+        bytes_per_token: UTF-8 bytes of held-out text per predicted token, None where
+            the text of the tokens is unknown.
     """
 
     config: dict
@@ -206,6 +207,7 @@ class Experiment:
     recipe: Recipe
     mesh: Any
     rules: dict
+    bytes_per_token: float | None
 
     @property
     def train(self) -> TrainConfig:
@@ -244,7 +246,24 @@ def build(config: dict, *, devices=None) -> Experiment:
         accumulate=train.accumulate,
     )
     rules = sharding.resolve_rules(config["mesh"]["rules"])
-    return Experiment(config, corpus, model, task, recipe, mesh, rules)
+    return Experiment(
+        config,
+        corpus,
+        model,
+        task,
+        recipe,
+        mesh,
+        rules,
+        _bytes_per_token(corpus, config),
+    )
+
+
+def _bytes_per_token(corpus, config: dict) -> float | None:
+    split = corpus.eval
+    count = data.num_predicted(split, mode=config["data"]["packing"])
+    if split.num_bytes is None or count == 0:
+        return None
+    return split.num_bytes / count
 
 
 def build_model(config: dict, vocab_size: int):

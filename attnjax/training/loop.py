@@ -24,6 +24,7 @@ from attnjax.training.experiment import Experiment
 from attnjax.training.hosts import host_rows
 from attnjax.training.profiler import ProfileWindow
 from attnjax.training.progress import Reporter
+from attnjax.training.signals import StopRequested, leave
 from attnjax.training.step import make_dispatch
 
 
@@ -83,6 +84,13 @@ class Loop:
         self._profile = ProfileWindow(
             services.run.path, self.train.profile_start, self.train.profile_steps
         )
+        placed = sharding.shardings(state, experiment.mesh, experiment.rules)
+        self._jitted = jax.jit(
+            make_dispatch(experiment.recipe),
+            donate_argnums=0,
+            out_shardings=(placed, None),
+        )
+        self._programs: dict[int, Any] = {}
         self._flops = 3.0 * experiment.model.flops(experiment.data.seq_len)
 
     # ---- the run
@@ -99,15 +107,21 @@ class Loop:
         except Stopped:
             self.pending_eval = True
             return self._leave()
+        except StopRequested:
+            # While compiling: XLA's thread goes on, so the process must not unwind.
+            code = self._leave()
+            self.services.run.end("saved", self.step)
+            self.services.run.close()
+            leave(code)
         except _Leave:
             return self._leave()
+        finally:
+            self._profile.close()
         self._save()
         self.services.checkpoints.wait()
         return EXIT_OK
 
     def _run(self) -> None:
-        self.services.run.phase("compile")
-        dispatch = self._compile()
         source = dispatches(
             self.step, self.train.steps, steps_per_dispatch=self._chunk()
         )
@@ -118,7 +132,8 @@ class Loop:
             for item in batches:
                 if self._stop_requested():
                     raise _Leave
-                self.services.run.phase("step")
+                dispatch = self._dispatch(item)
+                self.services.run.set_phase("step")
                 self._profile.before(item.step)
                 self.state, metrics = dispatch(self.state, item.batch)
                 self._read_metrics()
@@ -142,17 +157,18 @@ class Loop:
         if save_due and not at_end:
             self._save()
 
-    def _compile(self):
-        mesh, rules = self.experiment.mesh, self.experiment.rules
-        placed = sharding.shardings(self.state, mesh, rules)
-        return jax.jit(
-            make_dispatch(self.experiment.recipe),
-            donate_argnums=0,
-            out_shardings=(placed, None),
-        )
+    def _dispatch(self, item):
+        """The compiled program of K steps, K as in `item`."""
+        if item.count not in self._programs:
+            self.services.run.set_phase("compile")
+            with self.services.signals.interrupting():
+                lowered = self._jitted.lower(self.state, item.batch)
+                self._programs[item.count] = lowered.compile()
+            self._clock = (time.perf_counter(), self.step)
+        return self._programs[item.count]
 
     def _chunk(self) -> int:
-        """Steps a dispatch: the configured number, cut so that boundaries fall on it."""
+        """Steps a dispatch: as configured, cut so that boundaries fall on it."""
         size = self.train.steps_per_dispatch
         every = [
             self.train.log_every,
@@ -188,7 +204,7 @@ class Loop:
     # ---- metrics
 
     def _read_metrics(self) -> None:
-        """Take in the metrics of the dispatch before: waits for it, not for the last."""
+        """Take in the metrics of the dispatch before the one just sent."""
         if self._in_flight is None:
             return
         first, count, device_metrics = self._in_flight
@@ -259,7 +275,7 @@ class Loop:
 
     def _evaluate(self) -> None:
         self._read_metrics()
-        self.services.run.phase("eval")
+        self.services.run.set_phase("eval")
         self.services.reporter.at(self.step, phase="evaluating")
         start = time.perf_counter()
         use_ema = "ema" in self.state and self.experiment.eval.use_ema
@@ -279,7 +295,7 @@ class Loop:
         if self.saved_step == self.step:
             return
         self._read_metrics()
-        self.services.run.phase("save")
+        self.services.run.set_phase("save")
         meta = {
             "step": self.step,
             "pending_eval": self.pending_eval,

@@ -31,3 +31,9 @@ class ProfileWindow:
             jax.block_until_ready(results)
             jax.profiler.stop_trace()
             self._is_on, self._start = False, None
+
+    def close(self) -> None:
+        """End a window that the run did not fill."""
+        if self._is_on:
+            jax.profiler.stop_trace()
+            self._is_on = False

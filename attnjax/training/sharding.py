@@ -86,7 +86,8 @@ def make_mesh(config: Config, devices=None) -> Mesh:
     if free:
         if len(devices) % fixed:
             raise UserError(
-                f"config.mesh: {fixed} must divide the {len(devices)} devices; got {text}."
+                f"config.mesh: {fixed} must divide the {len(devices)} devices; got "
+                f"{text}."
             )
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):

@@ -1,0 +1,218 @@
+"""Opening a run: its config, model, parameters and tokenizer, without its data."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core.config import apply_overrides
+from attnjax.core.context import Context
+from attnjax.core.errors import UserError
+from attnjax.data import tokenizers
+from attnjax.decoding.generation import generate
+from attnjax.decoding.sampling import Sampler
+from attnjax.models.layout import Layout, relayout
+from attnjax.training import experiment, state_tree
+from attnjax.training.checkpoint_reader import CheckpointReader
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass
+class LoadedRun:
+    """A run in memory, for notebooks and for the front doors.
+
+    Attributes:
+        path: the run directory.
+        config: its resolved config.
+        model: the model's static description.
+        params, buffers: its arrays; the averaged ones where the run kept them.
+        tokenizer: its tokenizer.
+        step: the step of the checkpoint.
+    """
+
+    path: Path
+    config: dict
+    model: Any
+    params: dict
+    buffers: dict
+    tokenizer: Any
+    step: int
+
+    @cached_property
+    def arrays(self) -> dict:
+        """The arrays as the decoder wants them."""
+        return self.model.unstack(self.params, self.buffers)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; never empty: an empty text is one separator."""
+        ids = [int(i) for i in self.tokenizer.encode(text)]
+        if ids:
+            return ids
+        return [self.tokenizer.separator or 0]
+
+    def logits(self, text_or_ids: str | Sequence[int]) -> np.ndarray:
+        """float32 [T, V]: the next-token logits at each token of one sequence."""
+        ids = self.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+        tokens = jnp.asarray([ids], jnp.int32)
+        return np.asarray(_logits(self.model, self.params, self.buffers, tokens)[0])
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "\n",
+        *,
+        max_new_tokens: int = 200,
+        num: int = 1,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continuations of a prompt (`num` of them) or of several prompts.
+
+        Returns:
+            The new text alone, one string a continuation.
+        """
+        prompts = [prompt] * num if isinstance(prompt, str) else list(prompt)
+        rows = generate(
+            self.model,
+            self.arrays,
+            [self.encode(p) for p in prompts],
+            max_new_tokens=max_new_tokens,
+            sampler=sampler or Sampler(),
+            seed=seed,
+            stop_token=self.tokenizer.separator,
+        )
+        return [self.tokenizer.decode(np.asarray(row, np.int64)) for row in rows]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model, params, buffers, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.hidden(params, buffers, tokens, Context(positions=positions))
+    return model.logits(params, hidden)
+
+
+def read_config(path: Path) -> dict:
+    """The resolved config of a run directory."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"--workdir: {str(path)!r} is not a run directory (it has no config.json). "
+            "Make one with: python -m attnjax.train --config FILE --workdir "
+            f"{path}"
+        )
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir: cannot read {file}: {error}.") from error
+
+
+def load_run(
+    workdir: str | Path,
+    *,
+    step: int | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+    keep_layers: Sequence[int] | None = None,
+) -> LoadedRun:
+    """Open a run on this machine, whatever machine trained it.
+
+    Args:
+        workdir: the run directory.
+        step: the checkpoint; None takes the newest intact one.
+        overrides: (dotted key, text) changes to its config, as on a command line.
+            They may change how the model is run, not what parameters it has.
+        keep_layers: the layers (from 0) that stay, the others are left out; None
+            keeps all.
+
+    Raises:
+        UserError: when it is no run directory, no intact checkpoint is in it, or the
+            changes ask for other parameters.
+    """
+    path = Path(workdir)
+    config = read_config(path)
+    reader = CheckpointReader(path / "checkpoints")
+    if step is None:
+        found = reader.latest()
+        if found is None:
+            raise UserError(
+                f"--workdir: {path} has no checkpoint yet. Train it first with: python "
+                f"-m attnjax.train --workdir {path}"
+            )
+        step = found.step
+    groups = ("params", "buffers") + (
+        ("ema",) if config["optim"]["ema_decay"] is not None else ()
+    )
+    state, meta = reader.restore_numpy(step, only=groups)
+    source = Layout.from_json(meta["layout"])
+    config = _changed(config, source, overrides, keep_layers)
+    model = experiment.build_model(config, meta["vocab_size"])
+    params = state.get("ema", state["params"])
+    params, buffers = _relaid(params, state["buffers"], source, model, keep_layers)
+    tokenizer = tokenizers.load_tokenizer(path / TOKENIZER)
+    return LoadedRun(path, config, model, params, buffers, tokenizer, step)
+
+
+def _changed(config: dict, source: Layout, overrides, keep_layers) -> dict:
+    """The run's config with what the caller wants otherwise."""
+    if keep_layers is not None:
+        depth = len(source.names)
+        if not keep_layers or any(not 0 <= layer < depth for layer in keep_layers):
+            raise UserError(
+                f"keep_layers: must name layers from 0 to {depth - 1}; got "
+                f"{list(keep_layers)}."
+            )
+        names = [source.names[layer] for layer in keep_layers]
+        mixers = {k: v for k, v in config["model"]["mixers"].items() if k in names}
+        model = {"layers": names, "num_layers": None, "mixers": mixers}
+        config = {**config, "model": {**config["model"], **model}}
+    if not overrides and keep_layers is None:
+        return config
+    return experiment.resolve(apply_overrides(config, list(overrides)))
+
+
+def _relaid(params, buffers, source: Layout, model, keep_layers) -> tuple[dict, dict]:
+    """The saved arrays in the layout of `model`, which must want just these."""
+    wanted = model.layout
+    kept = range(len(source.names)) if keep_layers is None else keep_layers
+    if len(kept) != len(wanted.names):
+        raise UserError(
+            f"config.model.layers: the run has {len(kept)} layers; got "
+            f"{len(wanted.names)} ({' '.join(wanted.names)}). Leave layers out with "
+            "keep_layers."
+        )
+    params = dict(params)
+    params["layers"] = relayout(params["layers"], source, wanted, keep=keep_layers)
+    layers = relayout(buffers["layers"], source, wanted, keep=keep_layers)
+    buffers = {"layers": layers, "streams": buffers.get("streams", {})}
+    have = state_tree.signature(state_tree.named((params, buffers)))
+    want = state_tree.signature(state_tree.named(jax.eval_shape(model.init, 0)))
+    lines = state_tree.differences(have, want)
+    if lines:
+        raise UserError(
+            "config.model: these settings ask for other parameters than the run has (- "
+            "has, + wanted):\n" + "\n".join(lines[:12])
+        )
+    return jax.tree.map(jnp.asarray, (params, buffers))
+
+
+def sample_text(here: experiment.Experiment, state: dict) -> str:
+    """The sample at the end of a run: `config.train.sample_tokens` from a newline."""
+    params = state.get("ema", state["params"])
+    run = LoadedRun(
+        Path(),
+        here.config,
+        here.model,
+        params,
+        state["buffers"],
+        here.corpus.tokenizer,
+        int(state["step"]),
+    )
+    count = here.train.sample_tokens
+    if here.model.config.positions == "learned":
+        count = min(count, here.model.config.max_len - 1)
+    return run.generate(max_new_tokens=count, sampler=Sampler(0.8), seed=0)[0]

@@ -1,0 +1,51 @@
+"""python -m attnjax.train --config FILE --workdir RUN: train, or resume, a run."""
+
+import dataclasses
+from pathlib import Path
+
+from attnjax.core.cli import run_main
+from attnjax.core.errors import UserError
+from attnjax.core.flags import parse_command_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Train a model. The same command again resumes; --workdir RUN alone does too.
+
+    Attributes:
+        workdir: the run directory.
+        extend: allow config.train.steps to be raised over that of the run.
+    """
+
+    workdir: str
+    extend: bool = False
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    line = parse_command_line(argv, Flags, program="attnjax.train")
+    from attnjax.core import config as configs
+    from attnjax.decoding.run import read_config, sample_text
+    from attnjax.training import experiment, run
+
+    workdir = Path(line.flags.workdir)
+    if line.config is not None:
+        given = configs.load_file(line.config)
+    elif (workdir / "config.json").is_file():
+        given = read_config(workdir)
+    else:
+        raise UserError(
+            "attnjax.train: without --config the run directory must hold a run; got "
+            f"--workdir={workdir}, which has no config.json. Add --config FILE."
+        )
+    given = configs.apply_overrides(given, list(line.overrides))
+    return run.train(
+        experiment.resolve(given),
+        workdir,
+        extend=line.flags.extend,
+        sample=sample_text,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,190 @@
+"""One run from its directory to its last line: open, start or resume, train, finish."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.core.errors import EXIT_OK, EXIT_SAVED, UserError
+from attnjax.data import tokenizers
+from attnjax.training import experiment as experiments
+from attnjax.training import finish, hosts, start, trackers
+from attnjax.training.checkpoint_reader import CheckpointReader
+from attnjax.training.checkpoints import Checkpointer
+from attnjax.training.disk import disk_errors
+from attnjax.training.loop import Loop, Services
+from attnjax.training.metrics import MetricsLog
+from attnjax.training.progress import Reporter
+from attnjax.training.run_directory import RunDirectory
+from attnjax.training.signals import StopRequested, StopSignal, leave
+
+TOKENIZER = "tokenizer.json"
+
+
+def train(
+    config: dict,
+    workdir: str | Path,
+    *,
+    extend: bool = False,
+    sample: Callable | None = None,
+) -> int:
+    """Train or resume the run of a resolved config in `workdir`.
+
+    Args:
+        config: from `experiment.resolve`.
+        workdir: the run directory.
+        extend: allow train.steps to be raised over that of the run.
+        sample: (experiment, state) -> text shown and kept at the end, or None.
+
+    Returns:
+        `EXIT_OK`, or `EXIT_SAVED` when a signal asked for an end.
+    """
+    with (
+        StopSignal() as signals,
+        RunDirectory.open(
+            workdir,
+            config,
+            identity_excludes=experiments.IDENTITY_EXCLUDES,
+            extend=extend,
+            primary=hosts.is_writer(),
+        ) as run,
+    ):
+        run.set_phase("start")
+        if run.finished:
+            _already_done(run)
+            return EXIT_OK
+        try:
+            return _train(config, run, signals, sample)
+        except StopRequested:
+            # Nothing was trained since the last checkpoint. A compilation may still
+            # be running in a thread that cannot be stopped.
+            print(
+                f"{signals.requested}: nothing new to save. Go on with: python -m "
+                f"attnjax.train --workdir {run.path}",
+                flush=True,
+            )
+            run.close()
+            leave(EXIT_SAVED)
+
+
+def _already_done(run: RunDirectory) -> None:
+    print(
+        f"{run.path} is finished at step {run.finished_step}; nothing to do. More "
+        "steps: --extend --config.train.steps=N."
+    )
+
+
+def _train(config: dict, run: RunDirectory, signals: StopSignal, sample) -> int:
+    with signals.interrupting():
+        experiment = experiments.build(config)
+    with disk_errors("workdir"):
+        tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
+    settings = experiment.train
+    with (
+        MetricsLog(run.metrics) as metrics,
+        Checkpointer(
+            run.checkpoints,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        ) as checkpoints,
+    ):
+        state, pending_eval = _first_state(experiment, run, checkpoints, signals)
+        step = int(state["step"])
+        run.start(
+            step,
+            data_fingerprint=experiment.corpus.fingerprint,
+            data=experiment.corpus.provenance,
+        )
+        metrics.cut_back(step)
+        sinks = _trackers(experiment, run, step)
+        _say_start(experiment, run, step)
+        with Reporter(settings.steps, start=step) as reporter:
+            services = Services(run, metrics, checkpoints, signals, reporter, sinks)
+            loop = Loop(experiment, state, services, pending_eval=pending_eval)
+            code = loop()
+        for sink in sinks:
+            sink.finish()
+        if code == EXIT_OK:
+            _finish(experiment, run, metrics, loop.state, sample)
+        run.end("finished" if code == EXIT_OK else "saved", loop.step)
+        run.set_phase("done")
+        return code
+
+
+def _first_state(experiment, run, checkpoints, signals) -> tuple[dict, bool]:
+    """The state to go on from, and whether its evaluation is still due."""
+    found = checkpoints.latest()
+    for step, reason in found.skipped if found else ():
+        print(f"checkpoint of step {step} is damaged and was skipped: {reason}")
+    run.set_phase("compile")
+    with signals.interrupting():
+        if found is not None:
+            print(f"resuming from step {found.step} ({found.path})")
+            state, meta = start.restore(experiment, checkpoints, found.step)
+            return state, bool(meta["pending_eval"])
+        source = experiment.train.init_from
+        if source is None:
+            return start.new_state(experiment), False
+        if not (Path(source) / "config.json").is_file():
+            raise UserError(
+                f"config.train.init_from: {source!r} is not a run directory (it has no "
+                "config.json)."
+            )
+        reader = CheckpointReader(Path(source) / "checkpoints")
+        stored = tokenizers.load_tokenizer(Path(source) / TOKENIZER)
+        tokenizers.check_same_tokenizer(
+            stored, experiment.corpus.tokenizer, owner="config.train.init_from"
+        )
+        return start.start_from(experiment, reader, print), False
+
+
+def _trackers(experiment, run, step: int) -> tuple:
+    settings = experiment.train
+    if not hosts.is_writer():
+        return ()
+    names = (["tensorboard"] if settings.tensorboard else []) + [settings.tracker]
+    made = []
+    for name in names:
+        made += trackers.make(
+            name,
+            run.path,
+            config=experiment.config,
+            run_id=run.run_id,
+            purge_step=step + 1 if step else None,
+        )
+    return tuple(made)
+
+
+def _say_start(experiment, run, step: int) -> None:
+    config, corpus = experiment.config, experiment.corpus
+    devices = jax.devices()
+    print(
+        f"{experiment.model.parameter_count():,} parameters, "
+        f"{corpus.train.num_tokens:,} training and {corpus.eval.num_tokens:,} held-out "
+        f"tokens of {config['data']['name']}, {len(devices)} x "
+        f"{devices[0].device_kind}; step {step} of {experiment.train.steps}",
+        flush=True,
+    )
+    if run.extended_from is not None and config["optim"]["schedule"] != "constant":
+        print(
+            f"extended from {run.extended_from} steps: the "
+            f"{config['optim']['schedule']} schedule now ends at the new last step, so the learning rate jumps.",
+            flush=True,
+        )
+
+
+def _finish(experiment, run, metrics, state: dict, sample) -> None:
+    if not hosts.is_writer():
+        return
+    text = None
+    if sample is not None and experiment.train.sample_tokens:
+        text = sample(experiment, state)
+        with disk_errors("workdir"):
+            (run.samples() / f"step_{int(jnp.asarray(state['step']))}.txt").write_text(
+                text
+            )
+    with disk_errors("workdir"):
+        ending = finish.finish(experiment, run, metrics.records())
+    for line in finish.lines(ending, run, text):
+        print(line)

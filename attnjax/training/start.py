@@ -1,0 +1,79 @@
+"""The first state of a run: new, restored from its checkpoint, or from another run."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.core.errors import UserError
+from attnjax.models.layout import Layout
+from attnjax.training import sharding, transfer
+from attnjax.training.experiment import Experiment
+from attnjax.training.step import init_state
+
+
+def abstract_state(experiment: Experiment) -> Any:
+    """Shapes, dtypes and shardings of the state on this mesh."""
+    shapes = jax.eval_shape(lambda: init_state(experiment.recipe))
+    places = sharding.shardings(shapes, experiment.mesh, experiment.rules)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
+        shapes,
+        places,
+    )
+
+
+def new_state(experiment: Experiment) -> dict:
+    """The state before step 0, placed on the mesh."""
+    shapes = jax.eval_shape(lambda: init_state(experiment.recipe))
+    places = sharding.shardings(shapes, experiment.mesh, experiment.rules)
+    return jax.jit(lambda: init_state(experiment.recipe), out_shardings=places)()
+
+
+def start_from(experiment: Experiment, checkpointer, say) -> dict:
+    """A new state whose parameters come from another run.
+
+    Args:
+        experiment: the new run.
+        checkpointer: of the other run.
+        say: takes lines of the report.
+    """
+    found = checkpointer.latest()
+    if found is None:
+        raise UserError(
+            f"config.train.init_from: {experiment.train.init_from!r} holds no "
+            "checkpoint. Name a run that has saved one."
+        )
+    other, meta = checkpointer.restore_numpy(found.step)
+    source = transfer.all_named(
+        other.get("ema", other["params"]), Layout.from_json(meta["layout"])
+    )
+    state = new_state(experiment)
+    params, report = transfer.transfer(
+        state["params"],
+        experiment.model.layout,
+        source,
+        layers=experiment.train.init_layers,
+    )
+    for line in report.lines():
+        say(line)
+    state["params"] = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), params, state["params"]
+    )
+    if "ema" in state:
+        state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    return state
+
+
+def restore(experiment: Experiment, checkpointer, step: int) -> tuple[dict, dict]:
+    """The state and meta of a checkpoint, placed on this mesh whatever it was on."""
+    state, meta = checkpointer.restore(step, abstract_state(experiment))
+    here = experiment.model.layout.to_json()
+    if meta["layout"] != here:
+        raise UserError(
+            "train: the checkpoint's layers are laid out differently; got "
+            f"{meta['layout']['names']}, expected {here['names']}."
+        )
+    return state, meta
