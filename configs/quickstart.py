@@ -1,6 +1,7 @@
 """A byte-level Transformer on the text of Python itself.
 
-Command: python -m attnjax.train --config configs/quickstart.py --workdir runs/quickstart
+Command: python -m attnjax.train --config configs/quickstart.py
+  --workdir runs/quickstart
 """
 
 from ml_collections import ConfigDict

@@ -248,7 +248,8 @@ class CheckpointReader:
         listing = "\n".join(f"  step {step}: {reason}" for step, reason in skipped)
         return UserError(
             f"checkpoints: {self.directory} holds {len(skipped)} and none is intact, "
-            f"so the run refuses to start rather than begin again at step 0:\n{listing}\n"
+            f"so the run refuses to start rather than begin at step 0 again:\n"
+            f"{listing}\n"
             "Restore the files of one step from a copy; or, to begin again on purpose, "
             "choose another --workdir or move this directory away."
         )

@@ -39,6 +39,7 @@ class Services:
         signals: the StopSignal.
         reporter: the Reporter.
         trackers: further sinks of metrics.
+        hooks: the caller's own, see `Hook`.
     """
 
     run: Any
@@ -47,6 +48,20 @@ class Services:
     signals: Any
     reporter: Reporter
     trackers: tuple = ()
+    hooks: tuple["Hook", ...] = ()
+
+
+class Hook:
+    """What a caller of `training.run.train` does during a run; override either.
+
+    The numbers of a step arrive one dispatch late: the loop does not wait for them.
+    """
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        """After every training step: `step` counts finished steps."""
+
+    def on_eval(self, step: int, metrics: dict[str, float], params: dict) -> None:
+        """After every evaluation, with the parameters that were evaluated."""
 
 
 class Loop:
@@ -214,6 +229,8 @@ class Loop:
             row = {name: float(value[index]) for name, value in metrics.items()}
             bad = int(row.pop("bad_in_row"))
             done = first + index + 1
+            for hook in self.services.hooks:
+                hook.on_step(done, row)
             if bad and self.train.on_bad_step == "stop" and bad >= self.train.patience:
                 self._write_train(done, row)
                 self._stop_on_bad(done)
@@ -286,6 +303,8 @@ class Loop:
         elapsed = time.perf_counter() - start
         line = {"step": self.step, "split": "eval", **metrics}
         self._write({**line, "time": {"seconds": elapsed}})
+        for hook in self.services.hooks:
+            hook.on_eval(self.step, metrics, params)
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.services.reporter.say(f"step {self.step}: held-out {text}")
         self.services.reporter.at(self.step, phase="training")

@@ -13,7 +13,7 @@ from attnjax.training import finish, hosts, start, trackers
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.checkpoints import Checkpointer
 from attnjax.training.disk import disk_errors
-from attnjax.training.loop import Loop, Services
+from attnjax.training.loop import Hook, Loop, Services
 from attnjax.training.metrics import MetricsLog
 from attnjax.training.progress import Reporter
 from attnjax.training.run_directory import RunDirectory
@@ -28,6 +28,7 @@ def train(
     *,
     extend: bool = False,
     sample: Callable | None = None,
+    hooks: tuple[Hook, ...] = (),
 ) -> int:
     """Train or resume the run of a resolved config in `workdir`.
 
@@ -36,6 +37,7 @@ def train(
         workdir: the run directory.
         extend: allow train.steps to be raised over that of the run.
         sample: (experiment, state) -> text shown and kept at the end, or None.
+        hooks: called after every step and every evaluation.
 
     Returns:
         `EXIT_OK`, or `EXIT_SAVED` when a signal asked for an end.
@@ -55,7 +57,7 @@ def train(
             _already_done(run)
             return EXIT_OK
         try:
-            return _train(config, run, signals, sample)
+            return _train(config, run, signals, sample, hooks)
         except StopRequested:
             # Nothing was trained since the last checkpoint. A compilation may still
             # be running in a thread that cannot be stopped.
@@ -75,7 +77,7 @@ def _already_done(run: RunDirectory) -> None:
     )
 
 
-def _train(config: dict, run: RunDirectory, signals: StopSignal, sample) -> int:
+def _train(config: dict, run: RunDirectory, signals: StopSignal, sample, hooks) -> int:
     with signals.interrupting():
         experiment = experiments.build(config)
     with disk_errors("workdir"):
@@ -100,7 +102,9 @@ def _train(config: dict, run: RunDirectory, signals: StopSignal, sample) -> int:
         sinks = _trackers(experiment, run, step)
         _say_start(experiment, run, step)
         with Reporter(settings.steps, start=step) as reporter:
-            services = Services(run, metrics, checkpoints, signals, reporter, sinks)
+            services = Services(
+                run, metrics, checkpoints, signals, reporter, sinks, tuple(hooks)
+            )
             loop = Loop(experiment, state, services, pending_eval=pending_eval)
             code = loop()
         for sink in sinks:
@@ -169,7 +173,8 @@ def _say_start(experiment, run, step: int) -> None:
     if run.extended_from is not None and config["optim"]["schedule"] != "constant":
         print(
             f"extended from {run.extended_from} steps: the "
-            f"{config['optim']['schedule']} schedule now ends at the new last step, so the learning rate jumps.",
+            f"{config['optim']['schedule']} schedule now ends at the new last step, so "
+            "the learning rate jumps.",
             flush=True,
         )
 

@@ -169,8 +169,10 @@ class RunDirectory:
         if not self._writes:
             return
         self._manifest["data"] = {"fingerprint": data_fingerprint, "provenance": data}
-        self._manifest |= provenance.describe()
-        self._manifest["starts"].append({**_who(), "step": step})
+        made_with = provenance.describe()
+        self._manifest |= made_with
+        # A later start may run on other versions or another machine: each says which.
+        self._manifest["starts"].append({**_who(), "step": step, **made_with})
         self._save_manifest()
 
     def end(self, status: str, step: int) -> None:

@@ -76,7 +76,7 @@ def transfer(
     depth = len(layout.names)
     if layers is not None and len(layers) != depth:
         raise UserError(
-            f"config.train.init_layers: must name one layer for each of {depth} layers; "
+            f"config.train.init_layers: must name one layer for each of {depth}; "
             f"got {len(layers)} ({list(layers)})."
         )
     matched, fresh, wrong, used = [], [], [], set()
