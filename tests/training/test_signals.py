@@ -1,0 +1,121 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from attnjax.core.errors import EXIT_SAVED
+from attnjax.training.signals import StopRequested, StopSignal
+
+
+def send(name):
+    signal.raise_signal(getattr(signal, name))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_the_first_signal_is_remembered_and_announced(name, capfd):
+    with StopSignal() as stop:
+        assert stop.requested is None
+        send(name)
+        assert stop.requested == name
+    shown = capfd.readouterr().err
+    assert shown.strip().startswith(f"{name} received: saving the state")
+    assert shown.count("received") == 1
+
+
+def test_a_second_sigint_stops_at_once_and_a_second_sigterm_does_not(capfd):
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        send("SIGTERM")
+        send("SIGTERM")
+        assert stop.requested == "SIGTERM"
+        send("SIGINT")
+    assert capfd.readouterr().err.count("received") == 1
+
+
+def test_the_former_handlers_come_back():
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        with pytest.raises(ZeroDivisionError), StopSignal():
+            assert signal.getsignal(signal.SIGUSR1) is not mine
+            _ = 1 / 0
+        assert signal.getsignal(signal.SIGUSR1) is mine
+        with StopSignal(cluster=False):
+            assert signal.getsignal(signal.SIGUSR1) is mine
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_raises_inside_a_phase_that_looks_at_no_flag(capfd):
+    with StopSignal() as stop:
+        with pytest.raises(StopRequested, match="SIGTERM"), stop.interrupting():
+            send("SIGTERM")
+            raise AssertionError("not reached")
+        send("SIGTERM")  # outside, and the second: only a flag
+        with pytest.raises(StopRequested), stop.interrupting():
+            raise AssertionError("not reached: the request came before")
+
+
+def test_other_threads_are_refused():
+    caught = []
+
+    def enter():
+        try:
+            StopSignal().__enter__()
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "main thread only" in caught[0]
+
+
+def run(body, *, signal_after):
+    """Run a program, send SIGTERM when it says `ready`; (exit code, stderr, s)."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert program.stdout.readline().strip() == "ready"
+    time.sleep(signal_after)
+    begin = time.perf_counter()
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=60)
+    return program.returncode, err, time.perf_counter() - begin
+
+
+def test_a_compilation_is_left_at_once_with_the_right_exit_code():
+    code, err, taken = run(
+        """
+        import jax, jax.numpy as jnp
+        from attnjax.core.errors import EXIT_SAVED
+        from attnjax.training.signals import StopSignal, StopRequested, leave
+
+        def long(x):
+            for i in range(3000):
+                x = jnp.sin(x @ x) * i + jnp.cos(x).sum(0)
+            return x
+
+        lowered = jax.jit(long).lower(jnp.zeros((64, 64)))
+        with StopSignal() as stop:
+            print("ready", flush=True)
+            try:
+                with stop.interrupting():
+                    lowered.compile()
+            except StopRequested:
+                leave(EXIT_SAVED)
+        """,
+        signal_after=0.5,
+    )
+    assert (code, "SIGTERM received" in err) == (EXIT_SAVED, True), err
+    assert taken < 2.0  # 0.1 s where nothing else runs; the compilation takes 20
