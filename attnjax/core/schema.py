@@ -27,8 +27,9 @@ from attnjax.core.values import (
 
 _DEFERRED = "resolved later, by its owner"
 
-# The type of a field that `resolve` hands on untouched, text included: its owner
-# resolves it with dataclasses of its own (config.model.mixers).
+# The type of a group of groups that `resolve` hands on with their values untouched,
+# text included: their owner resolves each with a dataclass of its own
+# (config.model.mixers).
 Deferred = Annotated[dict[str, Any], _DEFERRED]
 
 
@@ -187,7 +188,8 @@ def _check(kind: Any, value: Any, path: str, base: Any = None) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         if _DEFERRED in args[1:]:
-            return _group(value, path)
+            entries = _group(value, path).items()
+            return {name: _group(entry, f"{path}.{name}") for name, entry in entries}
         return _check(args[0], value, path, base)
     if is_union(kind):
         return _check_union(kind, value, path, base)

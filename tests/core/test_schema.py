@@ -168,6 +168,11 @@ def test_a_deferred_group_keeps_its_text_for_its_owner():
     assert isinstance(kept["local"]["window"], Text)
 
 
+def test_a_deferred_group_may_be_given_as_text():
+    kept = resolved(mixers={"local": Text('{"type": "a", "window": 3}')})["mixers"]
+    assert kept == {"local": {"type": "a", "window": 3}}
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans())
 def test_numbers_survive_a_command_line(whole, real, flag):
@@ -211,6 +216,7 @@ def test_an_unknown_key_that_exists_elsewhere_says_where():
         ({"widths": 3}, "must be a tuple of int; got 3"),
         ({"optim": Text("3")}, "is a group of settings; got 3"),
         ({"mixers": 3}, r"config\.mixers: is a group of settings; got 3"),
+        ({"mixers": {"a": 3}}, r"config\.mixers\.a: is a group of settings; got 3"),
         ({"unroll": Text("some")}, "must be int or 'all'; got 'some'"),
         ({"layers": 3}, "must be str or tuple of str; got 3"),
         ({"sizes": {"a": "x"}}, r"config\.sizes\.a: must be an int; got 'x'"),
