@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from attnjax.core.cli import run_main
-from attnjax.core.errors import UserError
-from attnjax.core.flags import parse_command_line
+from attnjax.core.errors import EXIT_SAVED, UserError
+from attnjax.core.flags import CommandLine, parse_command_line
+from attnjax.training.signals import StopRequested, StopSignal, leave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,24 @@ class Flags:
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     line = parse_command_line(argv, Flags, program="attnjax.train")
+    with StopSignal() as signals:
+        try:
+            with signals.interrupting():
+                config, train, sample = _prepare(line)
+        except StopRequested:
+            print(f"{signals.requested}: nothing was begun; run the command again.")
+            leave(EXIT_SAVED)
+        return train(
+            config,
+            line.flags.workdir,
+            extend=line.flags.extend,
+            sample=sample,
+            signals=signals,
+        )
+
+
+def _prepare(line: CommandLine):
+    """The resolved config, and what runs it. Imports take seconds: a signal may come."""
     from attnjax.core import config as configs
     from attnjax.decoding.run import read_config, sample_text
     from attnjax.training import experiment, run
@@ -39,12 +58,7 @@ def main(argv: list[str]) -> int:
             f"--workdir={workdir}, which has no config.json. Add --config FILE."
         )
     given = configs.apply_overrides(given, list(line.overrides))
-    return run.train(
-        experiment.resolve(given),
-        workdir,
-        extend=line.flags.extend,
-        sample=sample_text,
-    )
+    return experiment.resolve(given), run.train, sample_text
 
 
 if __name__ == "__main__":

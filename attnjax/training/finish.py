@@ -1,6 +1,7 @@
 """What a finished run leaves behind: summary, sample, loss curve, and a few lines."""
 
 import dataclasses
+import math
 import platform
 from typing import Any
 
@@ -70,7 +71,7 @@ def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) ->
         "final": {k: evals[-1][k] for k in keys},
         "best": min(
             ({"step": r["step"], **{k: r[k] for k in keys}} for r in evals),
-            key=lambda r: r["loss"] if isinstance(r["loss"], float) else float("inf"),
+            key=lambda r: r["loss"] if math.isfinite(r["loss"]) else math.inf,
             default={},
         ),
         "unigram_entropy": entropy.unigram,
@@ -116,7 +117,7 @@ def lines(ending: Ending, run, sample: str | None) -> list[str]:
     def bits(nats: float) -> str:
         if not entropy.bytes_per_token:
             return ""
-        return f"  {nats / 0.6931471805599453 / entropy.bytes_per_token:.3f} bits/byte"
+        return f"  {nats / math.log(2) / entropy.bytes_per_token:.3f} bits/byte"
 
     text = ["", "held-out loss, nats per token"]
     if "loss" in final:

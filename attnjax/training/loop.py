@@ -279,7 +279,7 @@ class Loop:
         found = self.services.checkpoints.latest()
         good = "there is no checkpoint" if found is None else f"step {found.step}"
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise UserError(
+        raise BadSteps(
             f"train: {self.train.patience} updates in a row were not finite; the first "
             f"was step {int(health['first_bad']) + 1}, seen at step {step}. Gradients "
             f"that were not finite: {shown or 'none, the loss itself'}. No bad update "
@@ -321,6 +321,7 @@ class Loop:
             "layout": self.experiment.model.layout.to_json(),
             "vocab_size": self.experiment.model.vocab_size,
         }
+        self.services.metrics.sync()
         loss = None if self.last_eval is None else self.last_eval["loss"]
         self.services.checkpoints.save(self.step, self.state, meta, metric=loss)
         self.last_eval = None
@@ -342,6 +343,10 @@ class Loop:
             f"{self.services.run.path}"
         )
         return EXIT_SAVED
+
+
+class BadSteps(UserError):
+    """The run was stopped because updates kept being non-finite."""
 
 
 class _Leave(Exception):

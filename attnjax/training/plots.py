@@ -1,20 +1,9 @@
 """The loss curve of a run."""
 
-import json
+import math
 from pathlib import Path
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's palette
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a torn last line is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def loss_curve(
@@ -38,7 +27,7 @@ def loss_curve(
         points = [
             (row["step"], row["loss"])
             for row in rows
-            if row["split"] == split and isinstance(row.get("loss"), float)
+            if row["split"] == split and math.isfinite(row["loss"])
         ]
         if points:
             name = "training" if split == "train" else "held out"

@@ -13,7 +13,7 @@ from attnjax.training import finish, hosts, start, trackers
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.checkpoints import Checkpointer
 from attnjax.training.disk import disk_errors
-from attnjax.training.loop import Hook, Loop, Services
+from attnjax.training.loop import BadSteps, Hook, Loop, Services
 from attnjax.training.metrics import MetricsLog
 from attnjax.training.progress import Reporter
 from attnjax.training.run_directory import RunDirectory
@@ -29,6 +29,7 @@ def train(
     extend: bool = False,
     sample: Callable | None = None,
     hooks: tuple[Hook, ...] = (),
+    signals: StopSignal | None = None,
 ) -> int:
     """Train or resume the run of a resolved config in `workdir`.
 
@@ -38,20 +39,28 @@ def train(
         extend: allow train.steps to be raised over that of the run.
         sample: (experiment, state) -> text shown and kept at the end, or None.
         hooks: called after every step and every evaluation.
+        signals: already entered by the caller; None enters one here.
 
     Returns:
         `EXIT_OK`, or `EXIT_SAVED` when a signal asked for an end.
     """
-    with (
-        StopSignal() as signals,
-        RunDirectory.open(
-            workdir,
-            config,
-            identity_excludes=experiments.IDENTITY_EXCLUDES,
-            extend=extend,
-            primary=hosts.is_writer(),
-        ) as run,
-    ):
+    if signals is None:
+        with StopSignal() as own:
+            return train(
+                config,
+                workdir,
+                extend=extend,
+                sample=sample,
+                hooks=hooks,
+                signals=own,
+            )
+    with RunDirectory.open(
+        workdir,
+        config,
+        identity_excludes=experiments.IDENTITY_EXCLUDES,
+        extend=extend,
+        primary=hosts.is_writer(),
+    ) as run:
         run.set_phase("start")
         if run.finished:
             _already_done(run)
@@ -99,6 +108,8 @@ def _train(config: dict, run: RunDirectory, signals: StopSignal, sample, hooks) 
             data=experiment.corpus.provenance,
         )
         metrics.cut_back(step)
+        # The evaluation was done after this checkpoint, before a kill.
+        pending_eval = pending_eval and not metrics.has(step, "eval")
         sinks = _trackers(experiment, run, step)
         _say_start(experiment, run, step)
         with Reporter(settings.steps, start=step) as reporter:
@@ -106,7 +117,14 @@ def _train(config: dict, run: RunDirectory, signals: StopSignal, sample, hooks) 
                 run, metrics, checkpoints, signals, reporter, sinks, tuple(hooks)
             )
             loop = Loop(experiment, state, services, pending_eval=pending_eval)
-            code = loop()
+            try:
+                code = loop()
+            except BadSteps:
+                run.end("bad_steps", loop.step)
+                raise
+            except Exception:
+                run.end("failed", loop.step)
+                raise
         for sink in sinks:
             sink.finish()
         if code == EXIT_OK:
@@ -155,7 +173,7 @@ def _trackers(experiment, run, step: int) -> tuple:
             run.path,
             config=experiment.config,
             run_id=run.run_id,
-            purge_step=step + 1 if step else None,
+            purge_step=step or None,
         )
     return tuple(made)
 
