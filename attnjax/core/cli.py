@@ -44,17 +44,27 @@ def run_main(
     code = EXIT_OK
     try:
         code = main(words) or EXIT_OK
-        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output (`| head`) has gone: nothing is left to say. Python
-        # flushes stdout once more at exit, which must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output (`| head`) has gone: there is nobody to tell.
+        pass
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except Exception as error:
         code = report(error)
+    _flush_output()
     sys.exit(code)
+
+
+def _flush_output() -> None:
+    """Write out stdout; where its reader has gone, throw the rest away.
+
+    Left to the interpreter's exit, a closed pipe would be a message and exit 120.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: Exception) -> int:

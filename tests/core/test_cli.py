@@ -89,20 +89,33 @@ def test_a_missing_file_of_ours_is_a_fault(capsys):
     assert end(raising(FileNotFoundError(errno.ENOENT, "x")), capsys)[0] == 1
 
 
-def test_a_closed_pipe_ends_quietly():
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("for i in range(100000): print('line', i)", 0, ""),
+        ("print('line'); sys.stdin.read()", 0, ""),
+        ("print('line'); sys.stdin.read(); raise UserError('x')", 2, "error: x\n"),
+    ],
+    ids=["while printing", "before the last flush", "before a mistake is told"],
+)
+def test_a_closed_pipe_ends_quietly(body, code, said):
     program = (
+        "import sys\n"
         "from attnjax.core.cli import run_main\n"
+        "from attnjax.core.errors import UserError\n"
         "def main(argv):\n"
-        "    for i in range(100000): print('line', i)\n"
+        f"    {body}\n"
         "run_main(main)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={"PYTHONPATH": ":".join(sys.path)},
+        text=True,
     )
-    process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(timeout=60) == 0
+    process.stdin.close()
+    assert process.stderr.read() == said
+    assert process.wait(timeout=60) == code

@@ -95,8 +95,18 @@ def test_an_exception_in_the_file_is_one_line_with_its_place(write):
     refused(write("raise SystemExit(3)\n"), r"quick\.py:1: SystemExit: 3")
 
 
+def test_the_place_is_the_innermost_line_of_the_file_itself(write):
+    path = write(
+        "import json\n\ndef read():\n    return json.loads('{')\n\n"
+        "def get_config():\n    return read()\n"
+    )
+    refused(path, r"quick\.py:4: JSONDecodeError: Expecting property name")
+
+
 def test_a_syntax_error_is_one_line_with_its_place(write):
-    refused(write("x = 1\ndef get_config(:\n"), r"quick\.py:2: SyntaxError: invalid")
+    refused(
+        write("x = 1\ndef get_config(:\n"), r"quick\.py:2: SyntaxError: invalid syntax$"
+    )
 
 
 def test_arguments_for_a_file_that_takes_none_are_refused(write):

@@ -91,6 +91,26 @@ def test_ints_are_floats_where_a_float_is_asked_for():
     assert isinstance(resolved()["nested"]["learning_rate"], float)
 
 
+def test_a_value_of_a_unions_own_type_stays_as_it_is():
+    @dataclasses.dataclass(frozen=True)
+    class Either:
+        number: float | int = 1.0
+        switch: int | bool = 0
+
+    result = resolve(Either, {"number": 3, "switch": True})
+    assert (type(result["number"]), result["switch"]) == (int, True)
+
+
+def test_a_literal_of_one_is_not_true():
+    @dataclasses.dataclass(frozen=True)
+    class Rank:
+        rank: Literal[1, 2] = 1
+
+    assert resolve(Rank, {"rank": Text("2")}) == {"rank": 2}
+    with pytest.raises(UserError, match="unknown value True"):
+        resolve(Rank, {"rank": True})
+
+
 def test_build_makes_nested_instances_and_tuples():
     config = build(Config, resolved(rope={"clip": 1.5}, widths=[3, 5]))
     assert config.rope == Optim(clip=1.5)
@@ -133,6 +153,7 @@ def test_build_reports_what_post_init_refuses():
         ("widths", "[3, 5]", [3, 5]),
         ("widths", "(3,)", [3]),
         ("widths", "", []),
+        ("layers", "[a, b]", ["a", "b"]),
         ("layers", "(a*3 b)*2", "(a*3 b)*2"),
         ("layers", "a,b", ["a", "b"]),
         ("layers", '["a"]', ["a"]),
