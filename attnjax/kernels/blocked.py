@@ -16,6 +16,7 @@ import jax
 from attnjax.kernels import blocked_backward, blocked_forward, one_tile, tiles
 from attnjax.kernels.block_plan import BlockPlan, plan_blocks
 from attnjax.kernels.request import Request
+from attnjax.kernels.tile_table import tile_table
 
 NAME = "blocked"
 RANK = {"cpu": 20, "gpu": 10, "tpu": 10}
@@ -60,8 +61,10 @@ def _attend_fwd(plan: BlockPlan, q, k, v, trained: Arrays, fixed: Arrays):
     if plan.one_tile:
         out, lse, kept = one_tile.forward(plan.request, q, k, v, operands)
     else:
-        out, lse = blocked_forward.forward(plan, q, k, v, operands)
-        kept = (out, lse)
+        padded = blocked_forward.pad_operands(plan, operands)
+        table = tile_table(plan, padded)
+        out, lse = blocked_forward.forward(plan, q, k, v, padded, table)
+        kept = (out, lse, table)
     return (out, lse), (q, k, v, trained, fixed, kept)
 
 

@@ -10,13 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.kernels import tile_math, tiles
-from attnjax.kernels.block_plan import BlockPlan, tile_table
-from attnjax.kernels.blocked_forward import (
-    join_blocks,
-    pad_operands,
-    split_blocks,
-    tile_at,
-)
+from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.blocked_forward import join_blocks, pad_operands, split_blocks
+from attnjax.kernels.tile_table import tile_at
 
 Arrays = Mapping[str, jax.Array]
 
@@ -24,7 +20,7 @@ Arrays = Mapping[str, jax.Array]
 def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
     """Gradients of q, k, v and, by name, of the trained operands."""
     q, k, v = qkv
-    request, table = plan.request, tile_table(plan)
+    request, table = plan.request, kept[2]
     dtype, scale = request.compute_dtype, request.scale
     blocks = (
         split_blocks(k.astype(dtype), plan.block_k, plan.num_k),
@@ -68,8 +64,8 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
         return inner[1:], inner[0]
 
     steps = jnp.arange(plan.num_q, dtype=jnp.int32)
-    xs = (steps, rows, table.full, table.num_full, table.partial, table.num_partial)
-    (d_k, d_v, d_ops), d_q = jax.lax.scan(row, start, jax.tree.map(jnp.asarray, xs))
+    xs = jax.tree.map(jnp.asarray, (steps, rows, *table))
+    (d_k, d_v, d_ops), d_q = jax.lax.scan(row, start, xs)
     d_ops = {
         name: x[tuple(slice(0, n) for n in operands[name].shape)]
         for name, x in d_ops.items()
@@ -84,7 +80,7 @@ def _rows(plan: BlockPlan, q, operands: Arrays, kept, cotangents):
     [B, H, t, 1]; and the gradient of the weight map's own operand."""
     request = plan.request
     dtype, size = request.compute_dtype, (plan.block_q, plan.num_q)
-    out, lse = kept
+    out, lse, _ = kept
     d_out, d_lse = cotangents
     rows = {
         "q": split_blocks(q.astype(dtype) * request.scale, *size),

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.kernels import tile_math, tiles
-from attnjax.kernels.block_plan import BlockPlan, tile_table
+from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.tile_table import TileTable, tile_at
 
 Arrays = Mapping[str, jax.Array]
 
@@ -39,26 +40,17 @@ def pad_operands(plan: BlockPlan, operands: Arrays) -> dict[str, jax.Array]:
     return padded
 
 
-def tile_at(plan: BlockPlan, operands: Arrays, i, j):
-    """Tile (i, j) and its whole mask, the padding of the keys included."""
-    place = (i * plan.block_q, plan.block_q, j * plan.block_k, plan.block_k)
-    tile = tiles.make_tile(plan.request, operands, place)
-    mask = tiles.visible(plan.request.spec, tile)
-    if plan.padded_keys:
-        keys = jnp.arange(plan.block_k, dtype=jnp.int32) + j * plan.block_k
-        exists = (keys < plan.request.kv_len)[None, None, None, :]
-        mask = exists if mask is None else mask & exists
-    return tile, mask
+def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
+    """Output [B, T, H, E] in q's dtype and log-sum [B, T, H] or None.
 
-
-def forward(plan: BlockPlan, q, k, v, operands: Arrays):
-    """Output [B, T, H, E] in q's dtype and log-sum [B, T, H] or None."""
-    request, table = plan.request, tile_table(plan)
+    Args:
+        operands: padded to whole blocks.
+    """
+    request = plan.request
     dtype = request.compute_dtype
     qb = split_blocks(q.astype(dtype) * request.scale, plan.block_q, plan.num_q)
     kb = split_blocks(k.astype(dtype), plan.block_k, plan.num_k)
     vb = split_blocks(v.astype(dtype), plan.block_k, plan.num_k)
-    operands = pad_operands(plan, operands)
 
     def row(_, x):
         i, q_i, full, num_full, partial, num_partial = x
@@ -81,8 +73,8 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays):
         return None, _finish(request.spec, carry, operands)
 
     steps = jnp.arange(plan.num_q, dtype=jnp.int32)
-    rows = (steps, qb, table.full, table.num_full, table.partial, table.num_partial)
-    _, (out, lse) = jax.lax.scan(row, None, jax.tree.map(jnp.asarray, rows))
+    rows = jax.tree.map(jnp.asarray, (steps, qb, *table))
+    _, (out, lse) = jax.lax.scan(row, None, rows)
     out = join_blocks(out, request.q_len).astype(q.dtype)
     return out, None if lse is None else join_blocks(lse, request.q_len)[..., 0]
 

@@ -60,6 +60,9 @@ class Mask:
 
     # Whether the mask reads positions, so that `coverage` needs static ones.
     positional: bool = False
+    # Whether `coverage` finds every tile that can be skipped. If not, the tiles are
+    # sorted on the device from what `visible` says.
+    complete: bool = False
     # The arrays that the mask needs.
     operands: tuple[Operand, ...] = ()
 
@@ -83,6 +86,8 @@ class Mask:
 class Full(Mask):
     """Every query attends to every key."""
 
+    complete = True
+
     def visible(self, tile: Tile) -> None:
         """None: all is visible."""
         del tile
@@ -102,6 +107,7 @@ class Causal(Mask):
     """
 
     positional = True
+    complete = True
 
     def visible(self, tile: Tile) -> jax.Array:
         """k <= q."""
@@ -131,6 +137,7 @@ class SlidingWindow(Mask):
     right: int | None = 0
     sinks: int = 0
     positional = True
+    complete = True
 
     def __post_init__(self):
         for name in ("left", "right", "sinks"):
@@ -252,6 +259,11 @@ class _Pair(Mask):
     def positional(self) -> bool:
         """Whether either mask reads positions."""
         return self.first.positional or self.second.positional
+
+    @property
+    def complete(self) -> bool:
+        """Whether both know all that can be skipped."""
+        return self.first.complete and self.second.complete
 
     @property
     def operands(self) -> tuple[Operand, ...]:
