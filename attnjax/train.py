@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prepare(line: CommandLine):
-    """The resolved config, and what runs it. Imports take seconds: a signal may come."""
+    """The resolved config, and what runs it; the imports take seconds."""
     from attnjax.core import config as configs
     from attnjax.decoding.run import read_config, sample_text
     from attnjax.training import experiment, run

@@ -81,7 +81,7 @@ def make_step(recipe: Recipe):
         is_good = jnp.isfinite(metrics["loss"])
         is_good &= jnp.all(jnp.stack(jax.tree.leaves(finite)))
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if recipe.optim.clip_norm is not None:
             factor = jnp.minimum(1.0, recipe.optim.clip_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
@@ -106,8 +106,8 @@ def make_step(recipe: Recipe):
             new["ema"] = _average(state["ema"], new["params"], recipe.optim.ema_decay)
         metrics |= {
             "grad_norm": norm,
-            "param_norm": optax.global_norm(new["params"]),
-            "update_norm": jnp.where(is_good, optax.global_norm(updates), 0.0),
+            "param_norm": optax.tree.norm(new["params"]),
+            "update_norm": jnp.where(is_good, optax.tree.norm(updates), 0.0),
             "learning_rate": rate,
             "bad_in_row": new["health"]["bad_in_row"],
         }
