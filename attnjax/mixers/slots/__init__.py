@@ -1,0 +1,1 @@
+"""Helpers of the six slots of `Attention`; mechanisms plug in through `base.Slot`."""

@@ -1,0 +1,606 @@
+"""Facts of softmax attention (arXiv 1706.03762) and of its six slots."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnjax import kernels, nn
+from attnjax.core import schema
+from attnjax.core.context import Context, Hook
+from attnjax.core.errors import UserError
+from attnjax.core.spec import MixerDims
+from attnjax.mixers import attention
+
+B, T, C, H, K, D = 2, 13, 20, 6, 3, 4
+DIMS = MixerDims(embed_dim=C, num_heads=H, num_kv_heads=K, head_dim=D, init_std=0.4)
+ROPE = dataclasses.replace(DIMS, rope=nn.Rope(theta=30.0), qk_norm=True)
+# Padding in front, inside a document, between documents and at the end.
+SEGMENTS = np.array(
+    [[1, 1, 1, 0, 1, 2, 2, 2, 3, 3, 3, 0, 0], [0, 0, 7, 7, 7, 7, 2, 2, 2, 0, 2, 2, 4]],
+    np.int32,
+)
+LAYERS = {
+    "plain": ({}, DIMS),
+    "rope": ({}, ROPE),
+    "multi-query": ({"num_kv_heads": 1, "value_head_dim": 5}, DIMS),
+    "alibi": ({"positions": "alibi", "soft_cap": 2.0}, DIMS),
+    "window": ({"window": 4, "weight_map": "off_by_one"}, ROPE),
+    "window and sinks": ({"window": 3, "sinks": 2, "weight_map": "sink_logit"}, ROPE),
+    "biases": ({"qkv_bias": True, "out_bias": True, "scale": 0.3}, DIMS),
+}
+all_layers = pytest.mark.parametrize(
+    ("options", "dims"), LAYERS.values(), ids=LAYERS.keys()
+)
+
+
+def place(segments):
+    """Positions of each token in its document, padding not counted."""
+    positions = np.zeros_like(segments)
+    for row, ids in enumerate(segments):
+        for token, own in enumerate(ids):
+            positions[row, token] = np.sum(ids[:token] == own) if own else 0
+    return positions
+
+
+def make(options=(), dims=DIMS, seed=0):
+    mixer = attention.Mixer(
+        attention.Config(**dict(options)), dims, rngs=nnx.Rngs(seed)
+    )
+    if mixer.sink is not None:
+        mixer.sink[...] = jnp.linspace(-1.0, 1.0, len(mixer.sink[...]))
+    return mixer
+
+
+def inputs(seed=1, length=T, batch=B):
+    values = np.random.default_rng(seed).normal(size=(batch, length, C))
+    return jnp.asarray(values, jnp.float32)
+
+
+def context(segments=None, length=T, batch=B, **fields):
+    if segments is None:
+        positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    else:
+        positions = place(segments)
+        fields["segment_ids"] = jnp.asarray(segments)
+    return Context(positions=jnp.asarray(positions), **fields)
+
+
+@partial(jax.jit, static_argnums=0)
+def _call(graph, params, x, ctx):
+    return nnx.merge(graph, params)(x, ctx)
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(graph, params, x, state, ctx):
+    return nnx.merge(graph, params).step(x, state, ctx)
+
+
+def run(mixer, x, ctx):
+    return _call(*nnx.split(mixer), x, ctx)[0]
+
+
+def step(mixer, x, state, ctx):
+    return _step(*nnx.split(mixer), x, state, ctx)
+
+
+def decode(mixer, x, ctx, cuts, max_len=T + 3):
+    """The sequence in pieces that end at `cuts`, through `step`."""
+    state, pieces = mixer.init_state(x.shape[0], max_len, ctx.memory), []
+    for first, last in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        part = ctx.replace(positions=ctx.positions[:, first:last])
+        if ctx.segment_ids is not None:
+            part = part.replace(segment_ids=ctx.segment_ids[:, first:last])
+        y, after = step(mixer, x[:, first:last], state, part)
+        same = jax.tree.map(
+            lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after
+        )
+        assert all(jax.tree.leaves(same))
+        state = after
+        pieces.append(y)
+    return jnp.concatenate(pieces, axis=1)
+
+
+def close(a, b, atol=2e-5):
+    np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+
+# ---- the definition
+
+
+def loops(query, key, value, visible):
+    """Eq. 1 in numpy float64, one query and one head at a time."""
+    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
+    out = np.zeros((*query.shape[:3], value.shape[3]))
+    for b, t, h in np.ndindex(query.shape[:3]):
+        kv = h // (query.shape[2] // key.shape[2])
+        seen = np.flatnonzero(visible[b, t])
+        if len(seen):
+            scores = key[b, seen, kv] @ query[b, t, h] / np.sqrt(query.shape[3])
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights @ value[b, seen, kv] / weights.sum()
+    return out
+
+
+def see(segments=None, causal=True):
+    """bool [B, T, T]."""
+    visible = np.tril(np.ones((T, T), bool)) if causal else np.ones((T, T), bool)
+    visible = np.tile(visible, (B, 1, 1))
+    if segments is not None:
+        same = segments[:, :, None] == segments[:, None, :]
+        visible &= same & (segments[:, :, None] != 0)
+    return visible
+
+
+def test_reference_equals_loops_over_queries():
+    rng = np.random.default_rng(3)
+    shapes = [(B, T, H, D), (B, T, K, D), (B, T, K, 5)]
+    args = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    visible = see(SEGMENTS)
+    out = jax.jit(attention.reference)(*args, visible[:, None])
+    close(out, loops(*args, visible))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 6], ids=["MQA", "GQA", "MHA"])
+def test_mixer_is_attention_between_four_maps(causal, segments, kv_heads):
+    mixer = make({"num_kv_heads": kv_heads, "value_head_dim": 5})
+    x = inputs()
+    split = lambda a, dim: a.reshape(B, T, -1, dim)  # noqa: E731
+    heads = jax.jit(attention.reference)(
+        split(x @ mixer.query.kernel[...], D),
+        split(x @ mixer.key.kernel[...], D),
+        split(x @ mixer.value.kernel[...], 5),
+        see(segments, causal)[:, None],
+    )
+    expected = heads.reshape(B, T, -1) @ mixer.out.kernel[...]
+    close(run(mixer, x, context(segments, causal=causal)), expected)
+
+
+@all_layers
+def test_output_ignores_future_tokens(options, dims):
+    mixer, x = make(options, dims), inputs()
+    before = run(mixer, x, context())
+    after = run(mixer, x.at[:, 7:].add(3.0), context())
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert np.abs(before[:, 7:] - after[:, 7:]).max(axis=(0, 2)).min() > 1e-3
+
+
+@all_layers
+def test_documents_of_a_packed_row_are_as_if_alone(options, dims):
+    """The other documents and the padding are cut away: the rest stays the same."""
+    mixer, x = make(options, dims), inputs()
+    packed = run(mixer, x, context(SEGMENTS))
+    for own in (1, 2, 3, 4, 7):
+        front, segments = inputs(seed=5), np.zeros_like(SEGMENTS)
+        for row, ids in enumerate(SEGMENTS):
+            at = np.flatnonzero(ids == own)
+            front = front.at[row, : len(at)].set(x[row, at])
+            segments[row, : len(at)] = 1
+        alone = run(mixer, front, context(segments))
+        for row, ids in enumerate(SEGMENTS):
+            at = np.flatnonzero(ids == own)
+            close(packed[row, at], alone[row, : len(at)])
+
+
+@pytest.mark.parametrize("kernel", ["reference", "blocked"])
+def test_a_named_kernel_gives_the_same(kernel):
+    named = make({}, dataclasses.replace(ROPE, kernel=kernel))
+    ctx = context(SEGMENTS)
+    close(run(named, inputs(), ctx), run(make({}, ROPE), inputs(), ctx))
+
+
+# ---- slots
+
+
+def seen_by_gradient(mixer, ctx):
+    """bool [T, T]: which inputs each output depends on."""
+    x = inputs(batch=1)
+    slope = jax.jit(jax.jacobian(lambda x: mixer(x, ctx)[0].sum((0, 2))))(x)
+    return np.abs(np.asarray(slope)[:, 0]).max(-1) > 0
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_window_counts_tokens_at_and_before_the_query(causal):
+    t, s = np.indices((T, T))
+    ctx = context(batch=1, causal=causal)
+    near = (t - s < 4) & (s - t < 4) & ((s <= t) | (not causal))
+    np.testing.assert_array_equal(seen_by_gradient(make({"window": 4}), ctx), near)
+    options = {"window": 4, "right_window": 1, "sinks": 2}
+    near = ((t - s < 4) | (s < 2)) & (s - t <= (not causal))
+    np.testing.assert_array_equal(seen_by_gradient(make(options), ctx), near)
+
+
+def test_a_further_mask_is_combined_by_and():
+    ctx = context(batch=1, mask=kernels.SlidingWindow(left=2, right=0))
+    t, s = np.indices((T, T))
+    near = (s <= t) & (t - s <= 2)
+    np.testing.assert_array_equal(seen_by_gradient(make(), ctx), near)
+
+
+def test_tokens_of_a_prefix_see_one_another():
+    t, s = np.indices((T, T))
+    ctx = context(batch=1, prefix_len=jnp.asarray([5]))
+    np.testing.assert_array_equal(seen_by_gradient(make(), ctx), (s <= t) | (s < 5))
+
+
+def test_a_prefix_counts_tokens_of_the_document_not_padding():
+    x, mixer = inputs(), make({}, ROPE)
+    pad = lambda a: jnp.pad(a, ((0, 0), (4, 0), (0, 0)))  # noqa: E731
+    plain = run(mixer, x, context(prefix_len=jnp.asarray([5, 2])))
+    segments = np.pad(np.ones((B, T), np.int32), ((0, 0), (4, 0)))
+    ctx = context(segments, prefix_len=jnp.asarray([5, 2]))
+    close(run(mixer, pad(x), ctx)[:, 4:], plain)
+
+
+def test_rotary_scores_depend_on_distances_alone():
+    mixer, x = make({}, ROPE), inputs()
+    base = run(mixer, x, context())
+    moved = run(mixer, x, context().replace(positions=context().positions + 31))
+    close(base, moved, atol=1e-4)
+    plain = run(make({"positions": "none"}, ROPE), x, context())
+    assert np.abs(base - plain).max() > 1e-2
+
+
+def test_rotary_positions_are_the_models_unless_the_layer_has_its_own():
+    x, ctx = inputs(), context()
+    inherited = run(make({}, ROPE), x, ctx)
+    own = run(make({"rope": nn.Rope(theta=30.0), "qk_norm": True}), x, ctx)
+    np.testing.assert_array_equal(inherited, own)
+    other = run(make({"rope": nn.Rope(theta=99.0)}, ROPE), x, ctx)
+    assert np.abs(inherited - other).max() > 1e-3
+    asked = run(make({"positions": "rope"}), x, ctx)
+    default = run(make({"rope": nn.Rope()}), x, ctx)
+    np.testing.assert_array_equal(asked, default)
+    assert make().rope is None
+
+
+def weights_of(options, dims=DIMS, ctx=None, **changes):
+    """Weights and scores [B, H, T, T], by hooks."""
+    mixer = make(options, dims)
+    for name, value in changes.items():
+        getattr(mixer, name)[...] = value
+    hooks = (Hook("w", "weights"), Hook("s", "scores"))
+    ctx = (ctx or context()).replace(hooks=hooks)
+    _, out = _call(*nnx.split(mixer), inputs(), ctx)
+    return np.asarray(out.records["w"]), np.asarray(out.records["s"])
+
+
+def test_alibi_subtracts_slope_times_distance():
+    _, scores = weights_of({"positions": "alibi"})
+    _, plain = weights_of({})
+    t, s = np.indices((T, T))
+    slopes = nn.alibi_slopes(H)[:, None, None]
+    bias = np.where(s <= t, -slopes * (t - s), 0)
+    low = np.tril(np.ones((T, T), bool))
+    close(np.where(low, scores, 0), np.where(low, plain + bias, 0))
+
+
+def test_soft_cap_and_scale_act_on_scores():
+    _, plain = weights_of({"scale": 1.0})
+    _, scaled = weights_of({"scale": 0.25})
+    _, capped = weights_of({"scale": 0.25, "soft_cap": 0.7})
+    low = np.tril(np.ones((T, T), bool))
+    close(scaled[..., low], 0.25 * plain[..., low])
+    close(capped[..., low], 0.7 * np.tanh(scaled[..., low] / 0.7))
+
+
+def test_weight_maps_have_their_closed_forms():
+    plain, scores = weights_of({})
+    exp = np.exp(scores)
+    close(plain, exp / exp.sum(-1, keepdims=True))
+    off, _ = weights_of({"weight_map": "off_by_one"})
+    close(off, exp / (1 + exp.sum(-1, keepdims=True)))
+    sink = np.linspace(-2, 1, H).astype(np.float32)
+    logit, _ = weights_of({"weight_map": "sink_logit"}, sink=jnp.asarray(sink))
+    total = np.exp(sink)[:, None, None] + exp.sum(-1, keepdims=True)
+    close(logit, exp / total)
+    gone, _ = weights_of({"weight_map": "sink_logit"}, sink=jnp.full(H, -1e9))
+    close(gone, plain)
+
+
+def test_qk_norm_comes_before_positions_and_bounds_scores():
+    _, scores = weights_of({"positions": "rope", "qk_norm": True})
+    low = np.tril(np.ones((T, T), bool))
+    # Unit root-mean-square vectors: |q.k| / sqrt(D) is at most sqrt(D).
+    assert np.abs(scores[..., low]).max() <= np.sqrt(D) * (1 + 1e-5)
+
+
+# ---- cross-attention
+
+
+def memory_of(length=5):
+    return jnp.asarray(
+        np.random.default_rng(9).normal(size=(B, length, C)), jnp.float32
+    )
+
+
+def test_cross_attention_reads_all_of_the_memory():
+    mixer, x, memory = make({"cross": True}, ROPE), inputs(), memory_of()
+    y = run(mixer, x, context(memory=memory))
+    split = lambda a, n: a.reshape(*a.shape[:2], n, D)  # noqa: E731
+    query = mixer.query_norm(split(x @ mixer.query.kernel[...], H))
+    key = mixer.key_norm(split(memory @ mixer.key.kernel[...], K))
+    value = split(memory @ mixer.value.kernel[...], K)
+    heads = jax.jit(attention.reference)(query, key, value, np.ones((1, 1, 1, 5), bool))
+    close(y, heads.reshape(B, T, -1) @ mixer.out.kernel[...])
+
+
+def test_cross_attention_skips_padding_of_the_memory():
+    mixer, x, memory = make({"cross": True}), inputs(), memory_of(7)
+    ids = jnp.asarray([[1] * 5 + [0] * 2] * B)
+    short = run(mixer, x, context(memory=memory[:, :5]))
+    close(run(mixer, x, context(memory=memory, memory_segment_ids=ids)), short)
+    # Each document of a packed row reads its own memory.
+    segments = np.asarray([[1] * 6 + [2] * 7] * B)
+    ids = jnp.asarray([[1] * 5 + [2] * 2] * B)
+    y = run(mixer, x, context(segments, memory=memory, memory_segment_ids=ids))
+    close(y[:, :6], short[:, :6])
+    # Without ids of the memory every token but padding reads all of it.
+    y = run(mixer, x, context(SEGMENTS, memory=memory[:, :5]))
+    close(y, np.where(SEGMENTS[..., None] != 0, short, 0))
+
+
+def test_cross_attention_decodes_from_keys_made_once():
+    mixer, x = make({"cross": True}, ROPE), inputs()
+    ids = jnp.asarray([[1, 1, 1, 0, 0], [1] * 5])
+    ctx = context(memory=memory_of(), memory_segment_ids=ids)
+    close(decode(mixer, x, ctx, [1, 2, 9]), run(mixer, x, ctx))
+
+
+def test_self_attention_leaves_the_memory_to_other_layers():
+    mixer, x = make(), inputs()
+    np.testing.assert_array_equal(
+        run(mixer, x, context(memory=memory_of())), run(mixer, x, context())
+    )
+
+
+# ---- decoding
+
+
+@all_layers
+@pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["whole", "packed"])
+def test_decoding_in_random_cuts_equals_the_full_pass(options, dims, segments):
+    mixer, x, ctx = make(options, dims), inputs(), context(segments)
+    whole = run(mixer, x, ctx)
+    close(decode(mixer, x, ctx, [1, 3, 8, 11, 12]), whole)
+
+
+@all_layers
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_a_prompt_is_isolated(options, dims, side):
+    """Rows of 3 and 6 tokens in one batch, then 4 tokens of each."""
+    mixer, x, lengths = make(options, dims), inputs(), [3, 6]
+    segments = np.zeros((B, 10), np.int32)
+    for row, n in enumerate(lengths):
+        at = slice(6 - n, 6) if side == "left" else slice(0, n)
+        segments[row, at] = 1
+    segments[:, 6:] = 1
+    ctx = context(segments)
+    y = decode(mixer, x[:, :10], ctx, [6, 7, 8, 9])
+    for row in range(B):
+        real = np.flatnonzero(segments[row])
+        front = x.at[row, : len(real)].set(x[row, real])
+        alone = run(mixer, front, context())
+        close(y[row, real], alone[row, : len(real)])
+
+
+def test_tokens_without_ids_continue_the_document():
+    mixer, x = make({}, ROPE), inputs()
+    ids = np.asarray([[5] * T, [0, 0] + [7] * (T - 2)], np.int32)
+    ctx = context(ids)
+    state = mixer.init_state(B, T)
+    first = ctx.replace(positions=ctx.positions[:, :9], segment_ids=ids[:, :9])
+    _, state = step(mixer, x[:, :9], state, first)
+    y, _ = step(mixer, x[:, 9:], state, Context(positions=ctx.positions[:, 9:]))
+    close(y, run(mixer, x, ctx)[:, 9:])
+
+
+def test_a_prefix_within_one_step_decodes_as_in_the_full_pass():
+    mixer, x = make({}, ROPE), inputs()
+    ctx = context(prefix_len=jnp.asarray([5, 3]))
+    whole = run(mixer, x, ctx)
+    close(decode(mixer, x, ctx, [6, 7]), whole)
+    assert np.abs(whole - run(mixer, x, context())).max() > 1e-3
+
+
+def test_the_cache_is_written_in_place():
+    mixer = make()
+    graph, params = nnx.split(mixer)
+    state = jax.eval_shape(lambda: mixer.init_state(B, 512))
+    ctx = context(length=1)
+
+    def one(state, params, x):
+        return nnx.merge(graph, params).step(x, state, ctx)
+
+    lowered = jax.jit(one, donate_argnums=0).lower(state, params, inputs(length=1))
+    memory = lowered.compile().memory_analysis()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= size
+
+
+# ---- numbers in SPEC
+
+
+@all_layers
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_spec_counts_parameters_and_state(options, dims, cross):
+    if cross and set(options) & {"positions", "window"}:
+        return
+    config = attention.Config(**options, cross=cross)
+    mixer = nnx.eval_shape(lambda: attention.Mixer(config, dims, rngs=nnx.Rngs(0)))
+    params = jax.tree.leaves(nnx.state(mixer, nnx.Param))
+    assert attention.SPEC.parameter_count(config, dims) == sum(p.size for p in params)
+    memory = jnp.zeros((1, 11, C)) if cross else None
+    state = jax.eval_shape(
+        lambda: make(config_of(config), dims).init_state(1, 11, memory)
+    )
+    size = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert attention.SPEC.state_size(config, dims, 11) == size
+
+
+def config_of(config):
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def matmul_flops(jaxpr):
+    """FLOPs of every dot_general in a jaxpr, called functions included."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += matmul_flops(inner)
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = np.prod([shape[axis] for axis in contract])
+            total += 2.0 * inner * equation.outvars[0].aval.size
+    return total
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "value_head_dim": 7}])
+def test_spec_flops_are_those_of_the_matrix_products(options):
+    mixer = make(options)
+    ctx = context(batch=1, causal=False)
+    jaxpr = jax.make_jaxpr(lambda x: mixer(x, ctx)[0])(inputs(batch=1))
+    expected = attention.SPEC.flops(attention.Config(**options), DIMS, T)
+    assert matmul_flops(jaxpr.jaxpr) == expected
+
+
+def test_a_window_bounds_the_flops():
+    flops = lambda n, **o: attention.SPEC.flops(attention.Config(**o), DIMS, n)  # noqa: E731
+    assert flops(64, window=8, sinks=1) * 2 == flops(128, window=8, sinks=1)
+    assert flops(8, window=8) == flops(8)
+
+
+# ---- as a part of a model
+
+
+def test_a_layer_works_under_scan_remat_and_vmapped_init():
+    config, x, ctx = attention.Config(weight_map="sink_logit"), inputs(), context()
+    build = lambda key: attention.Mixer(config, ROPE, rngs=nnx.Rngs(params=key))  # noqa: E731
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    hash(graph)
+    keys = jax.random.split(jax.random.key(1), 3)
+    stacked = jax.vmap(lambda key: nnx.to_pure_dict(nnx.state(build(key))))(keys)
+
+    def body(x, params):
+        y, out = nnx.merge(graph, params)(x, ctx)
+        return x + y, out
+
+    @jax.jit
+    def loss(params):
+        whole, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, params)
+        return jnp.sum(whole**2)
+
+    def unrolled(params):
+        whole = x
+        for layer in range(3):
+            whole, _ = body(whole, jax.tree.map(lambda a, i=layer: a[i], params))
+        return jnp.sum(whole**2)
+
+    found, expected = jax.grad(loss)(stacked), jax.jit(jax.grad(unrolled))(stacked)
+    jax.tree.map(lambda a, b: close(a, b, atol=1e-3), found, expected)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
+
+
+def test_compute_dtype_is_the_models():
+    dims = dataclasses.replace(ROPE, dtype="bfloat16")
+    mixer, x = make({"window": 4}, dims), inputs()
+    y = run(mixer, x, context(SEGMENTS))
+    assert y.dtype == jnp.bfloat16
+    assert mixer.query.kernel.dtype == jnp.float32
+    assert mixer.init_state(1, 4).key.dtype == jnp.bfloat16
+    close(
+        y.astype(jnp.float32), run(make({"window": 4}, ROPE), x, context(SEGMENTS)), 0.1
+    )
+
+
+def test_dropout_acts_on_the_output_in_training_alone():
+    dims = dataclasses.replace(DIMS, dropout=0.5)
+    mixer, x = make({}, dims), inputs()
+    ctx = context(train=True, prng_key=jax.random.key(0))
+    plain, dropped = run(mixer, x, ctx.replace(train=False)), run(mixer, x, ctx)
+    kept = np.asarray(dropped) != 0
+    assert 0.3 < kept.mean() < 0.7
+    close(np.asarray(dropped)[kept], 2 * np.asarray(plain)[kept])
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_heads": 0}, "num_heads must be at least 1; got 0"),
+        ({"window": 0}, "window must be at least 1; got 0"),
+        (
+            {"sinks": 2},
+            "sinks and right_window need a window; got window=none, sinks=2",
+        ),
+        ({"soft_cap": 0.0}, "soft_cap must be positive; got 0.0"),
+        (
+            {"rope": {}, "positions": "alibi"},
+            "rope goes with positions=rope or inherit",
+        ),
+        (
+            {"cross": True, "positions": "rope"},
+            "cross-attention has no common positions",
+        ),
+        ({"cross": True, "window": 3}, "cross-attention has no window over the memory"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, text):
+    path = "config.model.mixers.a"
+    filled = schema.resolve(attention.Config, options, path=path)
+    with pytest.raises(UserError, match=f"{path}: {text}"):
+        schema.build(attention.Config, filled, path=path)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    text = "num_heads=6, num_kv_heads=4. Use one of 1, 2, 3, 6 kv heads"
+    with pytest.raises(UserError, match=text):
+        make({"num_kv_heads": 4})
+    assert make({"num_heads": 5}, dataclasses.replace(DIMS, num_kv_heads=H)).shape == (
+        attention.Heads(5, 5, D, D)
+    )
+    with pytest.raises(UserError, match="head_dim must be even for rotary positions"):
+        make({"head_dim": 5}, ROPE)
+
+
+def test_kernels_that_cannot_serve_are_refused():
+    with pytest.raises(
+        UserError, match="unknown implementation 'blokced'. Did you mean"
+    ):
+        make({}, dataclasses.replace(DIMS, kernel="blokced"))
+    mixer = make({}, dataclasses.replace(DIMS, kernel="cudnn"))
+    with pytest.raises(
+        UserError, match="config.model.kernel=cudnn: .*needs platform gpu"
+    ):
+        mixer(inputs(), context())
+
+
+def test_cross_attention_without_a_memory_is_refused():
+    mixer = make({"cross": True})
+    with pytest.raises(UserError, match="cross=true needs a memory; got memory=None"):
+        mixer(inputs(), context())
+    with pytest.raises(UserError, match="cross=true needs a memory; got memory=None"):
+        mixer.init_state(1, 4)
+
+
+def test_a_step_longer_than_the_cache_is_refused():
+    mixer = make()
+    with pytest.raises(UserError, match="a step holds at most max_len tokens; got 13"):
+        mixer.step(inputs(), mixer.init_state(B, 4), context())
+
+
+def test_cross_attention_takes_no_further_mask():
+    ctx = context(memory=memory_of(), mask=kernels.Causal())
+    with pytest.raises(UserError, match="takes no further mask"):
+        make({"cross": True})(inputs(), ctx)
