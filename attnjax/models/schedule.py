@@ -11,9 +11,11 @@ from attnjax.core.errors import UserError
 _TOKEN = re.compile(
     r"\s*(?:(?P<name>[A-Za-z_][\w./-]*)|(?P<count>\d+)|(?P<mark>[()*]))"
 )
+MAX_LAYERS = 10_000  # A mistyped count ends in a message, not in a full memory.
 
 
 def _fail(text: str, place: int, why: str) -> UserError:
+    text = re.sub(r"\s", " ", text)  # One line, so that the caret points at it.
     return UserError(
         f"config.model.layers: {why}\n  {text}\n  {' ' * place}^\n"
         'Example: "(linear_attention*3 attention)*2".'
@@ -69,21 +71,25 @@ def _sequence(text, tokens, at, *, depth) -> tuple[list[str], int]:
             at += 1
         else:
             raise _fail(text, place, f"expected a mixer name or '('; got {word!r}.")
-        count, at = _count(text, tokens, at)
+        count, place, at = _count(text, tokens, at)
+        if len(names) + len(item) * count > MAX_LAYERS:
+            raise _fail(text, place, f"a model has {MAX_LAYERS:,} layers or fewer.")
         names += item * count
     return names, at
 
 
-def _count(text, tokens, at) -> tuple[int, int]:
+def _count(text, tokens, at) -> tuple[int, int, int]:
+    """(repeats, their place in the text, the token after them)."""
     if at >= len(tokens) or tokens[at][1] != "*":
-        return 1, at
+        return 1, tokens[at - 1][2], at
     if at + 1 >= len(tokens) or tokens[at + 1][0] != "count":
         place = tokens[at + 1][2] if at + 1 < len(tokens) else len(text)
         raise _fail(text, place, "expected a number after '*'.")
-    count = int(tokens[at + 1][1])
+    _, digits, place = tokens[at + 1]
+    count = int(digits[:9])  # More digits are too many anyway.
     if count < 1:
-        raise _fail(text, tokens[at + 1][2], "a repeat count must be at least 1.")
-    return count, at + 2
+        raise _fail(text, place, "a repeat count must be at least 1.")
+    return count, place, at + 2
 
 
 def expand(layers: str | tuple[str, ...], num_layers: int | None) -> tuple[str, ...]:
@@ -101,6 +107,10 @@ def expand(layers: str | tuple[str, ...], num_layers: int | None) -> tuple[str, 
         raise UserError("config.model.layers: must name at least one layer; got ().")
     if num_layers is None:
         return names
+    if num_layers > MAX_LAYERS:
+        raise UserError(
+            f"config.model.num_layers: must be at most {MAX_LAYERS}; got {num_layers}."
+        )
     if num_layers < 1 or num_layers % len(names):
         raise UserError(
             f"config.model.num_layers: must be a multiple of the schedule's "

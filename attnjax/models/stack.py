@@ -25,9 +25,10 @@ POLICIES = {
 }
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackOut:
-    """What the layers return beside the residual stream.
+    """What the layers return beside the residual stream; a pytree.
 
     Attributes:
         losses: by name, summed over layers.
@@ -92,7 +93,12 @@ class Stack:
     def apply(
         self, params: dict, buffers: dict, x: jax.Array, ctx: Context
     ) -> tuple[jax.Array, StackOut]:
-        """Run every layer on x [B, T, C]; ctx.streams are the raw extra streams."""
+        """Run every layer on x [B, T, C]; ctx.streams are the raw extra streams.
+
+        Raises:
+            UserError: when a hook names a layer that is not there.
+        """
+        self._check_hooks(ctx.hooks)
         carry = (x, dict(ctx.streams))
         losses: dict[str, jax.Array] = {}
         records: dict[int, dict] = {}
@@ -109,6 +115,15 @@ class Stack:
             new_buffers[name] = _concatenate(pieces)
         x, streams = carry
         return x, StackOut(losses, records, new_buffers, streams)
+
+    def _check_hooks(self, hooks: tuple[Hook, ...]) -> None:
+        depth = len(self.layout.names)
+        for hook in hooks:
+            if any(not 0 <= layer < depth for layer in hook.layers or ()):
+                raise UserError(
+                    f"hook {hook.name}: layers must be in [0, {depth}); got "
+                    f"{list(hook.layers)}."
+                )
 
     def _collect(self, g, first, count, part_records, records) -> None:
         for j, values in part_records.items():
