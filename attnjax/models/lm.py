@@ -82,7 +82,7 @@ class Config:
     max_len: int = 1024
     tie_embeddings: bool = False
     logits_soft_cap: float | None = None
-    embed_scale: float = 1.0
+    embed_scale: float | Literal["sqrt"] = 1.0
     residual_scale: float = 1.0
     dropout: float = 0.0
     init_std: float = 0.02
@@ -101,11 +101,36 @@ def check(config: Config) -> None:
         raise unknown(
             "config.model.activation", "activation", config.activation, nn.ACTIVATIONS
         )
-    for name in ("embed_dim", "num_heads", "max_len"):
-        if getattr(config, name) < 1:
-            raise UserError(
-                f"config.model.{name}: must be at least 1; got {getattr(config, name)}."
-            )
+    _check_ranges(config)
+    _check_heads(config)
+    wide = "float64" in (config.dtype, config.param_dtype)
+    if wide and not jax.config.jax_enable_x64:
+        raise UserError(
+            "config.model.dtype: float64 needs 64-bit arrays; got "
+            f"dtype={config.dtype}, param_dtype={config.param_dtype} without them. "
+            "Set the environment variable JAX_ENABLE_X64=1."
+        )
+
+
+def _check_ranges(config: Config) -> None:
+    for name, rule, is_good in (
+        ("embed_dim", "at least 1", lambda v: v >= 1),
+        ("num_heads", "at least 1", lambda v: v >= 1),
+        ("head_dim", "at least 1", lambda v: v >= 1),
+        ("max_len", "at least 1", lambda v: v >= 1),
+        ("mlp_dim", "at least 0", lambda v: v >= 0),
+        ("norm_eps", "positive", lambda v: v > 0),
+        ("init_std", "at least 0", lambda v: v >= 0),
+        ("logits_soft_cap", "positive", lambda v: v > 0),
+        ("dropout", "in [0, 1)", lambda v: 0 <= v < 1),
+        ("unroll", "at least 1, or 'all'", lambda v: v == "all" or v >= 1),
+    ):
+        value = getattr(config, name)
+        if value is not None and not is_good(value):
+            raise UserError(f"config.model.{name}: must be {rule}; got {value}.")
+
+
+def _check_heads(config: Config) -> None:
     if config.head_dim is None and config.embed_dim % config.num_heads:
         divisors = [h for h in range(1, 65) if config.embed_dim % h == 0]
         raise UserError(
@@ -124,26 +149,18 @@ def check(config: Config) -> None:
             f"{config.num_kv_heads}, num_heads={config.num_heads}. Use one of "
             f"{divisors}."
         )
-    if not 0.0 <= config.dropout < 1.0:
-        raise UserError(
-            f"config.model.dropout: must be in [0, 1); got {config.dropout}."
-        )
     head_dim = config.head_dim or config.embed_dim // config.num_heads
     if config.positions == "rope" and head_dim % 2:
         raise UserError(
             f"config.model.head_dim: must be even for rotary positions; got {head_dim}."
             " Change num_heads or head_dim, or set config.model.positions=none."
         )
-    if config.unroll != "all" and config.unroll < 1:
-        raise UserError(
-            f"config.model.unroll: must be at least 1, or 'all'; got {config.unroll}."
-        )
 
 
 def resolve(given: dict) -> dict:
     """Fill and check `config.model`: JSON in, JSON out."""
     filled = schema.resolve(Config, given, path="config.model")
-    config = schema.build(Config, filled)
+    config = schema.build(Config, filled, path="config.model")
     check(config)
     names = schedule.expand(config.layers, config.num_layers)
     filled["mixers"] = mixer_choice.resolve_mixers(names, filled["mixers"])
@@ -309,8 +326,10 @@ class LM:
         """int32 [B, T] -> [B, T, C]."""
         ends = self._merge(params)
         x = ends.token_embedding(tokens)
-        if self.config.embed_scale != 1.0:
-            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        scale = self.config.embed_scale
+        if scale != 1.0:
+            scale = math.sqrt(self.config.embed_dim) if scale == "sqrt" else scale
+            x = x * jnp.asarray(scale, x.dtype)
         if ends.position_embedding is not None:
             x = x + ends.position_embedding(positions)
         return x

@@ -59,9 +59,10 @@ def resolve_mixers(names: tuple[str, ...], mixers: dict[str, Any]) -> dict[str, 
     resolved = {}
     for name in dict.fromkeys(names):
         given = dict(mixers.get(name, {}))
-        kind = str(given.pop("type", name))
-        module = discovery.find(kind)
         path = f"config.model.mixers.{name}"
+        owner = f"{path}.type" if "type" in given else "config.model.layers"
+        kind = str(given.pop("type", name))
+        module = discovery.find(kind, owner=owner)
         options = schema.resolve(module.Config, given, path=path)
         resolved[name] = {"type": kind, **options}
     return resolved
@@ -73,5 +74,7 @@ def choices(mixers: dict[str, dict]) -> dict[str, Choice]:
     for name, given in mixers.items():
         options = dict(given)
         module = discovery.find(options.pop("type"))
-        made[name] = Choice(name, module, schema.build(module.Config, options))
+        path = f"config.model.mixers.{name}"
+        config = schema.build(module.Config, options, path=path)
+        made[name] = Choice(name, module, config)
     return made

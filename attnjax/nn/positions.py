@@ -40,6 +40,26 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1]; got {self.fraction}.")
+        if not self.theta > 0:
+            raise ValueError(f"theta must be positive; got {self.theta}.")
+        if not self.factor >= 1:
+            raise ValueError(
+                f"factor must be at least 1; got {self.factor}. A context of twice "
+                "original_len has factor=2."
+            )
+        if self.original_len < 1:
+            raise ValueError(
+                f"original_len must be at least 1; got {self.original_len}."
+            )
+        if self.scaling == "none" and self.factor != 1:
+            raise ValueError(
+                f"factor does nothing with scaling=none; got factor={self.factor}. Set "
+                "scaling to linear, ntk, llama3 or yarn."
+            )
+
     def rotated_dim(self, head_dim: int) -> int:
         """How many of `head_dim` entries are rotated (even)."""
         return 2 * int(head_dim * self.fraction / 2)

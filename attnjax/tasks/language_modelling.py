@@ -29,6 +29,13 @@ class Config:
     loss_chunk: int = 0
     prefix_len: int = 0
 
+    def __post_init__(self):
+        for name in ("z_loss", "loss_chunk", "prefix_len"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} must not be negative; got {getattr(self, name)}."
+                )
+
 
 LOGITS_AT_ONCE = 1 << 24
 

@@ -5,6 +5,7 @@ it alone.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -119,6 +120,11 @@ def resolve(given: dict) -> dict:
     for group in given:
         if group not in GROUPS:
             raise unknown("config", "group", group, GROUPS)
+        if not isinstance(given[group], Mapping):
+            raise UserError(
+                f"config.{group}: is a group of settings; got {given[group]!r}. Set one "
+                f"of its keys, as in --config.{group}.KEY=VALUE."
+            )
     model = dict(given.get("model", {}))
     name = str(model.get("name", "lm"))
     if name not in MODELS:
@@ -148,6 +154,7 @@ def resolve(given: dict) -> dict:
 
 def _check(config: dict) -> None:
     optimizers.check(schema.build(optimizers.Config, config["optim"]))
+    schema.build(language_modelling.Config, config["task"], path="config.task")
     sharding.resolve_rules(config["mesh"]["rules"])
     for group, name, least in (
         ("train", "steps", 1),

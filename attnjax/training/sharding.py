@@ -120,7 +120,13 @@ def resolve_rules(changes: dict) -> dict[str, tuple[str, ...]]:
     for logical, axes in changes.items():
         if logical not in RULES:
             raise unknown("config.mesh.rules", "logical axis", logical, RULES)
-        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        axes = (axes,) if isinstance(axes, str) else axes
+        if not isinstance(axes, list | tuple | None):
+            raise UserError(
+                f"config.mesh.rules.{logical}: must be a list of mesh axes; got "
+                f"{axes!r}. Example: [fsdp]; [] splits nothing."
+            )
+        axes = tuple(axes or ())
         for axis in axes:
             if axis not in AXES:
                 raise unknown(f"config.mesh.rules.{logical}", "mesh axis", axis, AXES)
