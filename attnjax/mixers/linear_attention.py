@@ -387,16 +387,15 @@ class Mixer(nnx.Module):
         self.key = make(dims.embed_dim, shared, std=dims.init_std)
         self.value = make(dims.embed_dim, shared, std=dims.init_std)
         self.out = make(heads, dims.embed_dim, std=dims.out_init_std)
-        self.query_norm = self.key_norm = None
-        if dims.qk_norm:
-            norm = partial(
-                nn.RMSNorm,
-                dims.head_dim,
-                eps=dims.norm_eps,
-                param_dtype=dtypes["param_dtype"],
-                rngs=rngs,
-            )
-            self.query_norm, self.key_norm = norm(), norm()
+        norm = partial(
+            nn.RMSNorm,
+            dims.head_dim,
+            eps=dims.norm_eps,
+            param_dtype=dtypes["param_dtype"],
+            rngs=rngs,
+        )
+        self.query_norm = norm() if dims.qk_norm else None
+        self.key_norm = norm() if dims.qk_norm else None
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, MixerOut]:
         """[B, T, C] -> [B, T, C] in the compute dtype."""
@@ -496,6 +495,8 @@ SPEC = MixerSpec(
 VARIANTS = (
     {"form": "parallel"},
     {"form": "recurrent"},
-    {"chunk_size": 3},
-    {"rotary": True},
+    {"chunk_size": 64, "rotary": True},
 )
+
+# Short chunks, so that short test sequences have several.
+CONFORMANCE = {"config": {"chunk_size": 4}}

@@ -1,0 +1,1 @@
+"""The checks, by subject. A check takes a Subject and raises ViolationError."""
