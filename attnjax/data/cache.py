@@ -77,12 +77,10 @@ def _build(folder: Path, source: TextSource, config: TextConfig) -> dict[str, An
 
 
 def _groups(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Non-empty documents, about `_GROUP` characters at a time."""
+    """Documents, about `_GROUP` characters at a time."""
     group: list[str] = []
     size = 0
     for document in documents:
-        if not document:
-            continue
         group.append(document)
         size += len(document)
         if size >= _GROUP:
@@ -106,7 +104,7 @@ class _Writer:
         self._ids.touch()
 
     def add(self, documents: list[str]) -> None:
-        """Encode documents, each followed by the separator if there is one."""
+        """Encode documents, each followed by the separator; empty ones are none."""
         end = self._tokenizer.separator
         tail = np.asarray([] if end is None else [end], self._dtype)
         encoded = self._tokenizer.encode_many(documents)

@@ -95,13 +95,11 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> Iterator[str]:
-    """The file's text, or nothing where it is empty or of an older encoding."""
+    """The file's text, or nothing where it is of an older encoding."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        yield path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:
         return
-    if text:
-        yield text.replace("\r\n", "\n")
 
 
 def _topics() -> dict[str, str]:

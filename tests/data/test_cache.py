@@ -1,8 +1,10 @@
+import concurrent.futures
+import dataclasses
 import errno
 import itertools
+import json
 import os
-import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +85,18 @@ def test_another_tokenizer_is_another_cache(source, cache_dir):
     assert len(prints) == 3 and len(folders(cache_dir)) == 3
 
 
+def test_another_separator_is_another_cache(source, tmp_path):
+    made = open_text(source, TextConfig(tokenizer="bpe:258")).tokenizer
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps(made.to_json()["tokenizer"]))
+    name = f"json:{path}"
+    ends = [
+        open_text(source, TextConfig(tokenizer=name, eos_token=end)).train.separator
+        for end in (None, "", "x")
+    ]
+    assert ends == [0, None, made.encode("x")[0]]
+
+
 def test_the_way_of_packing_shares_the_cache(source, cache_dir):
     open_text(source, TextConfig(seq_len=5, packing="windows"))
     open_text(source, TextConfig(seq_len=7, isolate=False))
@@ -122,7 +136,9 @@ def test_a_damaged_cache_is_said_and_built_again(source, cache_dir, name, how, c
         place = len(data) // 2
         path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     again = open_text(source, TextConfig())
-    assert "is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is damaged" in said
+    assert ("bytes, not" in said) == (how == "cut" and name != "index.json")
     assert source.reads == ["train", "eval"] * 2
     assert again.fingerprint == whole.fingerprint
     assert texts_of(again, again.train) == [text for text in TRAIN if text]
@@ -170,28 +186,17 @@ def test_an_interrupted_build_leaves_nothing(source, cache_dir):
     assert open_text(source, TextConfig()).train.num_documents == 4
 
 
-def test_two_processes_build_once(tmp_path):
-    program = (
-        "import sys\n"
-        "from attnjax.data import open_corpus, config_class\n"
-        "config = config_class('text:x')(name='text:' + sys.argv[1])\n"
-        "print(open_corpus(config).fingerprint)\n"
-    )
-    text = tmp_path / "one.txt"
-    text.write_text("some text of a file " * 1000)
-    environment = {**os.environ, "ATTNJAX_CACHE": str(tmp_path / "shared")}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(text)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for _ in range(3)
-    ]
-    prints = {run.communicate(timeout=60)[0] for run in runs}
-    assert len(prints) == 1 and {run.returncode for run in runs} == {0}
-    assert len(folders(tmp_path / "shared")) == 1
+def test_one_builds_and_the_others_wait(source):
+    def slowly():
+        time.sleep(0.2)
+        return iter(TRAIN)
+
+    counted = source.train
+    slow = dataclasses.replace(source, train=lambda: (counted(), slowly())[1])
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(lambda _: open_text(slow, TextConfig()), range(3)))
+    assert source.reads == ["train", "eval"]
+    assert len({corpus.fingerprint for corpus in opened}) == 1
 
 
 def test_a_file_in_the_place_of_the_cache_is_refused(source, tmp_path):
