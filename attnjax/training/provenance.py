@@ -115,6 +115,27 @@ def machine() -> dict:
     }
 
 
+def changes(before: dict, now: dict) -> list[str]:
+    """What makes other bits likely between two descriptions, one line each.
+
+    `before` may lack entries, as in a new run: what is not known has not changed.
+    """
+    lines = []
+    if before.get("code", now["code"])["sources"] != now["code"]["sources"]:
+        lines.append("attnjax's own code has changed since this run was last started")
+    pairs = [
+        *(("packages", name) for name in PACKAGES),
+        *(("machine", name) for name in ("cores", "device_kind", "device_count")),
+    ]
+    for group, name in pairs:
+        was, is_now = before.get(group, now[group]).get(name), now[group][name]
+        if was != is_now:
+            lines.append(
+                f"{name} was {was} when this run was last started, now {is_now}"
+            )
+    return lines
+
+
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -147,13 +147,17 @@ class RunDirectory:
 
     def start(
         self, step: int, *, data_fingerprint: str, data: dict | None = None
-    ) -> None:
+    ) -> list[str]:
         """Record that a process begins at `step`; check that the data are the same.
 
         Args:
             step: the restored step, 0 for a new run.
             data_fingerprint: of the corpus.
             data: where it is from, JSON.
+
+        Returns:
+            Lines to show when code, packages, devices or cores are not those of the
+            start before: the run goes on, but not with the same bits.
 
         Raises:
             UserError: when the run was begun on other data.
@@ -167,13 +171,15 @@ class RunDirectory:
                 "former data back, or choose another --workdir."
             )
         if not self._writes:
-            return
+            return []
         self._manifest["data"] = {"fingerprint": data_fingerprint, "provenance": data}
         made_with = provenance.describe()
+        changed = provenance.changes(self._manifest, made_with)
         self._manifest |= made_with
         # A later start may run on other versions or another machine: each says which.
         self._manifest["starts"].append({**_who(), "step": step, **made_with})
         self._save_manifest()
+        return changed
 
     def end(self, status: str, step: int) -> None:
         """Record how this process ended: "finished", "saved", "failed", ... at `step`.
@@ -194,8 +200,13 @@ class RunDirectory:
         if word not in PHASES:
             raise ValueError(f"phase: must be one of {PHASES}; got {word!r}.")
         self._phase = word
+        # One write of one length: a reader never sees half a word.
         with disk.disk_errors("workdir"):
-            (self.path / "phase").write_text(f"{word}\n")
+            handle = os.open(self.path / "phase", os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.write(handle, f"{word:<7}\n".encode())
+            finally:
+                os.close(handle)
 
     def write_summary(self, summary: dict) -> None:
         """Write summary.json; NaN and infinities as in metrics.jsonl."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from attnjax.core.errors import UserError
+from attnjax.training import provenance
 from attnjax.training.run_directory import RunDirectory
 
 CONFIG = {
@@ -127,6 +128,16 @@ def test_a_finished_run_says_so_until_it_is_extended(path):
     assert (end["status"], end["step"]) == ("finished", 10)
 
 
+def test_a_resume_tells_what_makes_other_bits(path, monkeypatch):
+    with enter(path) as run:
+        assert run.start(0, data_fingerprint="abc") == []
+        monkeypatch.setattr(provenance, "sources_digest", lambda _: "other")
+        monkeypatch.setattr(provenance, "_version", lambda _: "9.9")
+        lines = run.start(5, data_fingerprint="abc")
+    assert "attnjax's own code has changed" in lines[0]
+    assert any(line.startswith("jax was 0.") and "now 9.9" in line for line in lines)
+
+
 def test_a_saved_end_is_not_finished(path):
     with enter(path) as run:
         run.end("saved", 10)
@@ -237,9 +248,11 @@ def test_an_unwritable_disk_is_one_line(tmp_path, monkeypatch, number, text):
 def test_the_phase_is_one_word_written_on_change(path, monkeypatch):
     with enter(path) as run:
         run.set_phase("compile")
-        assert (path / "phase").read_text() == "compile\n"
+        assert (path / "phase").read_text().split() == ["compile"]
+        run.set_phase("step")
+        assert (path / "phase").read_text().split() == ["step"]
         (path / "phase").unlink()
-        run.set_phase("compile")
+        run.set_phase("step")
         assert not (path / "phase").exists()
         with pytest.raises(ValueError, match="must be one of .*got 'lunch'"):
             run.set_phase("lunch")
