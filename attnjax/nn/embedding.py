@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from attnjax.nn.linear import rows_times
 from attnjax.nn.parameter import param
 
 
@@ -38,4 +39,4 @@ class Embedding(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """[..., C] -> logits [..., V] with the table as the (tied) output head."""
-        return x.astype(self.dtype) @ self.table[...].astype(self.dtype).T
+        return rows_times(x.astype(self.dtype), self.table[...].astype(self.dtype).T)

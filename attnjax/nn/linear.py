@@ -8,6 +8,17 @@ from jax.nn import initializers
 from attnjax.nn.parameter import param
 
 
+def rows_times(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x [..., I] times a matrix [I, O]: [..., O].
+
+    The leading axes become one first. The product is the same; its gradient for the
+    matrix then sums over one axis instead of two, which XLA's CPU code does without
+    writing a transposed copy of the cotangent (half the time of a training step).
+    """
+    rows = x.reshape(-1, x.shape[-1]) @ matrix
+    return rows.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
 class Linear(nnx.Module):
     """y = x W (+ b), weights stored in `param_dtype`, computed in `dtype`.
 
@@ -43,7 +54,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_dim] -> [..., out_dim] in `dtype`."""
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        y = rows_times(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         return y
