@@ -113,6 +113,7 @@ def _table(spec: MixerSpec) -> Iterator[tuple[str, bool, Callable]]:
     yield "decode_packed_documents", exact and can.segments, decoding.packed_documents
     yield "decode_without_segments", exact and can.segments, decoding.without_segments
     yield "decode_with_memory", exact and can.cross, decoding.with_memory
+    yield "decode_with_prefix", exact and can.prefix, decoding.with_prefix
     differs = can.decode and (bool(told.options) or not told.exact)
     yield "decode_declared_difference", differs, decoding.declared_difference
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from attnjax.conformance import samples
+from attnjax.conformance.checks.isolation import crossing
 from attnjax.conformance.expect import (
     difference,
     expect,
@@ -92,9 +93,17 @@ def without_segments(s: Subject) -> None:
 
 def with_memory(s: Subject) -> None:
     """Cross-attention decodes from the memory given to init_state."""
-    s = exact(s)
+    s = crossing(exact(s))
     x, ctx = samples.sample(s)
     expect_exact(s, x, samples.with_memory(s, ctx), [(1,) * s.length])
+
+
+def with_prefix(s: Subject) -> None:
+    """A prefix that lies within one step decodes as in the full pass."""
+    s = exact(s)
+    x, ctx = samples.sample(s, causal=True)
+    ctx = ctx.replace(prefix_len=np.full(2, 5, np.int32))
+    expect_exact(s, x, ctx, [(s.length,)])
 
 
 def expect_exact(s: Subject, x, ctx, cuts) -> None:

@@ -10,7 +10,7 @@ from attnjax.conformance.expect import (
     expect_equal,
     expect_finite,
 )
-from attnjax.conformance.subject import Subject
+from attnjax.conformance.subject import Subject, subject
 
 
 def causality(s: Subject) -> None:
@@ -133,8 +133,16 @@ def prefix(s: Subject) -> None:
     _expect_causal(s, x, ctx, first=length)
 
 
+def crossing(s: Subject) -> Subject:
+    """The mechanism as cross-attention: with `cross=true` where it has the option."""
+    if s.options.get("cross") is False:
+        return subject(s.module, {**s.options, "cross": True})
+    return s
+
+
 def cross(s: Subject) -> None:
     """With ctx.memory outputs depend on it, and not on its padding."""
+    s = crossing(s)
     x, ctx = samples.sample(s)
     ctx = samples.with_memory(s, ctx)
     before = s.y(x, ctx)

@@ -194,6 +194,10 @@ def alternatives(kind, value) -> Iterator[Any]:
         elif arm is float:
             base = float(value) if isinstance(value, int | float) else 0.5
             yield from (base * 0.5 + 0.1, base + 1.0, -base)
+        elif dataclasses.is_dataclass(arm) and value is None:
+            inner = schema.resolve(arm, {})
+            for path, own, default in leaves(arm, inner):
+                yield from (nested({path: v}) for v in alternatives(own, default))
         elif arm is type(None) and value is not None:
             yield None
 
