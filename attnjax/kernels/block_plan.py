@@ -4,10 +4,9 @@ import dataclasses
 
 from attnjax.kernels.request import Request
 
-# Largest number of scores [B, H, T, S] that are computed as one tile, and largest
-# number of scores of one tile otherwise: about what stays in a core's cache.
+# One tile is taken up to this many scores [B, H, T, S], or up to this length.
 ONE_TILE_SCORES = 2**21
-TILE_SCORES = 2**19
+SMALL_LENGTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,6 @@ def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockP
 def _choose(request: Request) -> tuple[int, int]:
     t, s = request.q_len, request.kv_len
     rows = request.batch * request.num_heads
-    if rows * t * s <= ONE_TILE_SCORES or max(t, s) <= 128:
+    if rows * t * s <= ONE_TILE_SCORES or max(t, s) <= SMALL_LENGTH:
         return t, s
-    return 128, 512
+    return 256, 256

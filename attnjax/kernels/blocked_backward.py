@@ -32,7 +32,7 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
     start = (
         jnp.zeros_like(blocks[0].mT),
         jnp.zeros_like(blocks[1].mT),
-        {name: jnp.zeros(padded[name].shape, dtype) for name in trained},
+        {name: jnp.zeros_like(padded[name], dtype) for name in trained},
     )
 
     def row(carry, x):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from attnjax.kernels import tile_math, tiles
 from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.request import Request
 from attnjax.kernels.tile_table import TileTable, tile_at
 
 Arrays = Mapping[str, jax.Array]
@@ -63,7 +64,7 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
             s = tile_math.masked_scores(request.spec, raw, tile, mask)
             return _absorb(request.spec, carry, s, vb[j])
 
-        carry = _empty_rows(plan, dtype)
+        carry = _empty_rows(request, q_i)
         carry = jax.lax.fori_loop(
             0, num_full, lambda n, c: visit(full, False, n, c), carry
         )
@@ -79,14 +80,16 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
     return out, None if lse is None else join_blocks(lse, request.q_len)[..., 0]
 
 
-def _empty_rows(plan: BlockPlan, dtype):
+def _empty_rows(request: Request, q: jax.Array):
     """(accumulated output, row maximum, row sum) before any key."""
-    request = plan.request
-    rows = (request.batch, request.num_heads, plan.block_q)
-    acc = jnp.zeros((*rows, request.value_dim), dtype)
+    rows = q.shape[:3]
     weight_map = request.spec.weight_map
-    top = jnp.full((*rows, 1), tile_math.LOW, dtype) if weight_map.needs_max else None
-    total = jnp.zeros((*rows, 1), dtype) if weight_map.needs_sum else None
+    acc = jnp.zeros_like(q, shape=(*rows, request.value_dim))
+    top = total = None
+    if weight_map.needs_max:
+        top = jnp.full_like(q, tile_math.LOW, shape=(*rows, 1))
+    if weight_map.needs_sum:
+        total = jnp.zeros_like(q, shape=(*rows, 1))
     return acc, top, total
 
 

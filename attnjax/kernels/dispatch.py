@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 
 from attnjax.kernels import blocked, cudnn, reference
+from attnjax.kernels.compat import vary_together
 from attnjax.kernels.errors import nearest
 from attnjax.kernels.request import Request, make_request
 from attnjax.kernels.spec import PLAIN, AttentionSpec
@@ -61,9 +63,10 @@ def attention(
         NotImplementedError: no implementation supports the request; the message has
             every reason.
     """
-    operands = dict(operands or {})
+    operands = {name: jnp.asarray(x) for name, x in (operands or {}).items()}
     request = make_request(q, k, v, spec, operands, target or default_target())
     module = choose(request, implementation)
+    q, k, v, operands = vary_together((q, k, v, operands))
     out, lse = module.run(request, q, k, v, operands)
     return (out, lse) if spec.return_lse else out
 

@@ -11,11 +11,6 @@ import pytest
 from attnjax import kernels
 from attnjax.kernels import blocked, reference
 
-# Compilation is most of this file's time.
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 B, T, H, K, D, E = 2, 37, 4, 2, 5, 3
 
 
@@ -116,7 +111,7 @@ def arrays(kv_heads, *, dtype=jnp.float64):
 def value_and_grads(run, spec, q, k, v, operands, cotangents):
     """Output, log-sum and gradients of a random projection of both."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    @jax.jit
     def everything(q, k, v, operands):
         trained = {n: x for n, x in operands.items() if x.dtype == q.dtype}
 

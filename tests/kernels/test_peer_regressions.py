@@ -1,0 +1,217 @@
+"""Ways in which other libraries' attention has been wrong, tried on every form here.
+
+The numbers are those of the project's list of peer complaints.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax import kernels
+from attnjax.kernels import AttentionSpec, blocked, reference
+
+T, H, D = 23, 2, 4
+CAUSAL = AttentionSpec(mask=kernels.Causal())
+PACKED = AttentionSpec(mask=kernels.Causal() & kernels.Segments(), return_lse=True)
+FORMS = {
+    "reference": reference.run,
+    "one tile": blocked.run,
+    "blocks": functools.partial(blocked.run, block_sizes=(8, 8)),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def run(form, q, k, v, spec, operands=None):
+    operands = operands or {}
+    request = kernels.make_request(q, k, v, spec, operands, kernels.default_target())
+    return FORMS[form](request, q, k, v, operands)
+
+
+def qkv(batch=2, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return [jax.random.normal(key, (batch, T, H, D)) for key in keys]
+
+
+def padded_ids(valid):
+    ids = jnp.broadcast_to((jnp.arange(T) < valid).astype(jnp.int32), (2, T))
+    return {"q_segment_ids": ids, "k_segment_ids": ids}
+
+
+@every_form
+def test_padding_does_not_leak_2_4(form):
+    """Pad tokens change neither valid outputs nor gradients, and get none."""
+    ids, valid = padded_ids(17), np.arange(T) < 17
+
+    def total(q, k, v):
+        out, lse = run(form, q, k, v, PACKED, ids)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(valid[:, None], lse, 0))
+
+    clean = qkv()
+    dirty = [x.at[:, 17:].mul(1e4) for x in clean]
+    for left, right in zip(
+        jax.grad(total, (0, 1, 2))(*clean),
+        jax.grad(total, (0, 1, 2))(*dirty),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(left[:, :17], right[:, :17])
+        assert not left[:, 17:].any()
+        assert not right[:, 17:].any()
+    for left, right in zip(
+        run(form, *clean, PACKED, ids), run(form, *dirty, PACKED, ids), strict=True
+    ):
+        np.testing.assert_array_equal(left, right)
+
+
+@every_form
+def test_packing_equals_separate_documents_2_4(form):
+    q, k, v = qkv(batch=1)
+    ids = jnp.asarray(np.repeat([[1, 2]], [9, 14], axis=1))
+    got, _ = run(form, q, k, v, PACKED, {"q_segment_ids": ids, "k_segment_ids": ids})
+    for part in (slice(0, 9), slice(9, T)):
+        alone, _ = run(form, q[:, part], k[:, part], v[:, part], CAUSAL)
+        np.testing.assert_allclose(got[:, part], alone, atol=1e-6)
+
+
+EMPTY = {
+    "padding": (PACKED, padded_ids(0)),
+    "no such key": (CAUSAL, {"kv_mask": jnp.zeros((2, T), bool)}),
+    "before every key": (CAUSAL, {"q_offset": jnp.int32(-T)}),
+    "bias of -inf": (
+        AttentionSpec(score=kernels.Bias(), return_lse=True),
+        {"bias": jnp.full((1, 1, T, T), -jnp.inf)},
+    ),
+}
+
+
+@every_form
+@pytest.mark.parametrize("how", EMPTY)
+def test_rows_that_see_nothing_are_zero_and_not_nan_2_5(form, how):
+    spec, operands = EMPTY[how]
+
+    def total(*x):
+        out, lse = run(form, *x, spec, operands)
+        return jnp.sum(jnp.cos(out)), (out, lse)
+
+    d_qkv, (out, lse) = jax.grad(total, (0, 1, 2), has_aux=True)(*qkv())
+    assert not out.any()
+    np.testing.assert_array_equal(lse, -np.inf)
+    for gradient in d_qkv:
+        assert not gradient.any()
+
+
+@every_form
+@pytest.mark.parametrize("sink", ["logit", "off_by_one"])
+def test_rows_that_see_only_the_sink_are_zero_2_5(form, sink):
+    spec = AttentionSpec(
+        mask=kernels.Segments(), weight_map=kernels.Softmax(sink=sink), return_lse=True
+    )
+    operands = padded_ids(0)
+    if sink == "logit":
+        operands["sink"] = jnp.array([0.5, -2.0])
+    out, lse = run(form, *qkv(), spec, operands)
+    assert not out.any()
+    wanted = operands.get("sink", jnp.zeros(H))
+    np.testing.assert_allclose(lse, jnp.broadcast_to(wanted, lse.shape), atol=1e-7)
+
+
+@every_form
+@pytest.mark.parametrize("left", [0, 3, T])
+def test_left_window_never_sees_the_future_2_6(form, left):
+    spec = AttentionSpec(mask=kernels.SlidingWindow(left))
+    q, k, v = qkv()
+    before, _ = run(form, q, k, v, spec)
+    at = 11
+    after, _ = run(form, q, k.at[:, at:].add(3.0), v.at[:, at:].add(3.0), spec)
+    np.testing.assert_array_equal(before[:, :at], after[:, :at])
+    assert (before[:, at] != after[:, at]).any()
+
+
+def every_third(b, h, q, k):
+    return ((q - k) % 3 == 0) & (k <= q)
+
+
+@every_form
+def test_custom_mask_gradients_are_those_of_the_dense_form_2_6(form):
+    spec = AttentionSpec(mask=kernels.MaskFn(every_third))
+    reachable = np.array(
+        [[(i - j) % 3 == 0 and j <= i for j in range(T)] for i in range(T)]
+    )
+
+    def dense(q, k, v):
+        s = jnp.einsum("bthd,bshd->bhts", q, k) / 2
+        w = jax.nn.softmax(jnp.where(reachable, s, -jnp.inf))
+        return jnp.einsum("bhts,bshd->bthd", w, v)
+
+    def total(attend):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2))
+
+    got = total(lambda *x: run(form, *x, spec)[0])(*qkv())
+    for left, right in zip(got, total(dense)(*qkv()), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["one tile", "blocks"])
+@pytest.mark.parametrize("shape", [(3, H, T, T), (1, H, T, T), (3, 1, 1, T)])
+def test_bias_has_its_gradient_at_any_batch_2_7(form, shape):
+    """Batches above 1 and biases shared over any axis."""
+    bias = jax.random.normal(jax.random.key(5), shape)
+    q, k, v = qkv(batch=3)
+    spec = AttentionSpec(mask=kernels.Causal(), score=kernels.Bias())
+
+    def dense(bias):
+        s = jnp.einsum("bthd,bshd->bhts", q, k) / 2 + bias
+        w = jax.nn.softmax(jnp.where(np.tri(T, dtype=bool), s, -jnp.inf))
+        return jnp.einsum("bhts,bshd->bthd", w, v)
+
+    def fused(bias):
+        return run(form, q, k, v, spec, {"bias": bias})[0]
+
+    got, wanted = (
+        jax.grad(lambda b, f=f: jnp.sum(jnp.sin(f(b))))(bias) for f in (fused, dense)
+    )
+    assert got.shape == shape
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+def warmed(s, b, h, q, k, temperature):
+    return s * temperature
+
+
+@every_form
+def test_learned_scalars_have_gradients_2_7(form):
+    spec = AttentionSpec(
+        mask=kernels.Causal(),
+        score=kernels.ScoreFn(warmed, ("temperature",), ("table",)),
+    )
+    q, k, v = qkv()
+
+    def total(temperature):
+        operands = {"temperature": jnp.asarray(temperature, jnp.float32)}
+        out, _ = run(form, q, k, v, spec, operands)
+        return jnp.sum(jnp.sin(out))
+
+    got = jax.grad(total)(jnp.float32(1.3))
+    step = 1e-2
+    slope = (total(1.3 + step) - total(1.3 - step)) / (2 * step)
+    np.testing.assert_allclose(got, slope, rtol=1e-3)
+
+
+@every_form
+def test_traced_mask_arrays_keep_one_compilation_2_8(form):
+    """Mask arrays are operands: new values neither retrace nor fall back."""
+    traces = []
+
+    @jax.jit
+    def step(ids):
+        traces.append(form)
+        operands = {"q_segment_ids": ids, "k_segment_ids": ids}
+        return run(form, *qkv(), PACKED, operands)[0]
+
+    first = step(jnp.ones((2, T), jnp.int32))
+    second = step(padded_ids(5)["q_segment_ids"])
+    assert len(traces) == 1
+    assert (first[:, 5:] != 0).any()
+    assert not second[:, 5:].any()
