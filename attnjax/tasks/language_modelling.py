@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Literal
 
 import jax
@@ -114,36 +115,41 @@ class LanguageModelling:
 
     def _cross_entropy(self, params, hidden, batch) -> tuple[jax.Array, jax.Array]:
         """(sum of weighted nats, sum of weighted squared log-normalisers)."""
-        targets, weights = batch["targets"], self._weights(batch)
-        rows, length = targets.shape
-        chunk = self._chunk(rows, length)
-        if chunk >= length:
-            return self._chunk_loss(params, hidden, targets, weights)
+        arrays = (hidden, batch["targets"], self._weights(batch))
+        return self._sum_over_chunks(partial(self._chunk_loss, params), arrays)
+
+    def _sum_over_chunks(self, sums, arrays):
+        """`sums(*arrays)`, with the logits of one chunk of positions at a time.
+
+        Args:
+            sums: (hidden [B, L, C], targets [B, L], weights [B, L]) -> scalars that
+                add up over positions; a position without weight adds nothing.
+            arrays: the three for all T positions.
+        """
+        rows, length = arrays[1].shape
+        count = self._chunks(rows, length)
+        if count == 1:
+            return sums(*arrays)
+        size = -(-length // count)
 
         def cut(a):
-            split = a.reshape(rows, length // chunk, chunk, *a.shape[2:])
-            return jnp.moveaxis(split, 1, 0)
+            rest = [(0, 0)] * (a.ndim - 2)
+            a = jnp.pad(a, [(0, 0), (0, count * size - length), *rest])
+            return jnp.moveaxis(a.reshape(rows, count, size, *a.shape[2:]), 1, 0)
 
         @jax.checkpoint
-        def body(carry, xs):
-            nll, z = self._chunk_loss(params, *xs)
-            return (carry[0] + nll, carry[1] + z), None
+        def body(totals, xs):
+            return jax.tree.map(jnp.add, totals, sums(*xs)), None
 
-        zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-        sums, _ = jax.lax.scan(
-            body, (zero, zero), tuple(map(cut, (hidden, targets, weights)))
-        )
-        return sums
+        xs = jax.tree.map(cut, arrays)
+        first = jax.eval_shape(sums, *jax.tree.map(lambda a: a[0], xs))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+        return jax.lax.scan(body, zeros, xs)[0]
 
-    def _chunk(self, rows: int, length: int) -> int:
-        """Positions of a row whose logits exist at once; divides `length`."""
-        tokens = self.config.loss_chunk or max(
-            rows, LOGITS_AT_ONCE // self.model.vocab_size
-        )
-        wanted = max(1, tokens // rows)
-        if wanted >= length:
-            return length
-        return max(d for d in range(1, wanted + 1) if length % d == 0)
+    def _chunks(self, rows: int, length: int) -> int:
+        """Into how many parts the positions of a row are cut."""
+        tokens = self.config.loss_chunk or LOGITS_AT_ONCE // self.model.vocab_size
+        return -(-length // max(1, tokens // rows))
 
     def _chunk_loss(self, params, hidden, targets, weights):
         logits = self.model.logits(params, hidden)
@@ -153,27 +159,28 @@ class LanguageModelling:
         log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         weights = weights.astype(logits.dtype)
-        z = jnp.sum(weights * log_sum**2) if self.config.z_loss else 0.0 * log_sum[0, 0]
-        return jnp.sum(weights * (log_sum - chosen)), z
+        squares = log_sum**2 if self.config.z_loss else jnp.zeros_like(log_sum)
+        return jnp.sum(weights * (log_sum - chosen)), jnp.sum(weights * squares)
 
     def evaluate(self, params: dict, buffers: dict, batch: dict) -> dict:
         """Sums over a batch: "nll" (nats), "correct" and "weight"."""
         hidden, _ = self.model.hidden(
             params, buffers, batch["tokens"], self.context(batch, None, False)
         )
-        rows, length = batch["targets"].shape
-        chunk = self._chunk(rows, length)
-        weights = self._weights(batch)
-        totals = {"nll": 0.0, "correct": 0.0, "weight": jnp.sum(weights)}
-        for at in range(0, length, chunk):
-            part = slice(at, at + chunk)
-            logits = self.model.logits(params, hidden[:, part])
-            targets, w = batch["targets"][:, part], weights[:, part]
-            log_sum = jax.nn.logsumexp(logits, axis=-1)
-            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            totals["nll"] += jnp.sum(w * (log_sum - chosen))
-            totals["correct"] += jnp.sum(w * (jnp.argmax(logits, axis=-1) == targets))
-        return totals
+        arrays = (hidden, batch["targets"], self._weights(batch))
+        return self._sum_over_chunks(partial(self._chunk_sums, params), arrays)
+
+    def _chunk_sums(self, params, hidden, targets, weights) -> dict:
+        logits = self.model.logits(params, hidden)
+        weights = weights.astype(logits.dtype)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        correct = jnp.argmax(logits, axis=-1) == targets
+        return {
+            "nll": jnp.sum(weights * nll),
+            "correct": jnp.sum(weights * correct),
+            "weight": jnp.sum(weights),
+        }
 
     def summary(self, totals: dict, *, bytes_per_token: float | None) -> dict:
         """Metrics of an evaluation from its sums.

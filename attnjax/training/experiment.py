@@ -122,8 +122,8 @@ def resolve(given: dict) -> dict:
             raise unknown("config", "group", group, GROUPS)
         if not isinstance(given[group], Mapping):
             raise UserError(
-                f"config.{group}: is a group of settings; got {given[group]!r}. Set one "
-                f"of its keys, as in --config.{group}.KEY=VALUE."
+                f"config.{group}: is a group of settings; got {given[group]!r}. Set "
+                f"one of its keys, as in --config.{group}.KEY=VALUE."
             )
     model = dict(given.get("model", {}))
     name = str(model.get("name", "lm"))

@@ -6,7 +6,6 @@ shift the schedule, and the rate is one scalar that a program may vary.
 """
 
 import dataclasses
-import math
 import re
 from typing import Literal
 
@@ -34,9 +33,11 @@ class Config:
         decay_steps: step at which the last rate is reached (none: train.steps).
         decay_fraction: share of the steps that "wsd" spends decaying.
         beta1, beta2, eps: moment decays and epsilon (lion uses the betas; muon's
-            momentum is beta1, its AdamW part uses all three).
+            momentum is beta1, its AdamW part, with Nesterov momentum, uses all three;
+            adafactor has constants of its own and uses none).
         weight_decay: decoupled weight decay, times the learning rate.
-        decay_pattern: regular expression of the parameter names that decay.
+        decay_pattern: regular expression of the parameter names that decay, e.g.
+            "kernel$" or "layers/00[0-3]/.*kernel$".
         clip_norm: global gradient norm above which gradients are scaled (none: off).
         ema_decay: decay of an average of the parameters used by evaluation (none:
             off).
@@ -61,40 +62,53 @@ class Config:
     freeze: str | None = None
 
 
-def _adamw(c: Config, mask, _matrices):
-    return optax.adamw(
-        1.0, b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=c.weight_decay, mask=mask
-    )
+def _adamw(c: Config):
+    return optax.adamw(1.0, b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=0.0)
 
 
-def _lion(c: Config, mask, _matrices):
-    return optax.lion(
-        1.0, b1=c.beta1, b2=c.beta2, weight_decay=c.weight_decay, mask=mask
-    )
+def _lion(c: Config):
+    return optax.lion(1.0, b1=c.beta1, b2=c.beta2, weight_decay=0.0)
 
 
-def _muon(c: Config, mask, matrices):
+def _muon(c: Config):
     return optax.contrib.muon(
         1.0,
         beta=c.beta1,
         eps=c.eps,
-        weight_decay=c.weight_decay,
-        weight_decay_mask=mask,
         adam_b1=c.beta1,
         adam_b2=c.beta2,
-        adam_weight_decay=c.weight_decay,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=_matrix_axes,
     )
 
 
-def _adafactor(c: Config, mask, _matrices):
-    return optax.adafactor(
-        1.0,
-        decay_rate=0.8,
-        multiply_by_parameter_scale=False,
-        weight_decay_rate=c.weight_decay or None,
-        weight_decay_mask=mask,
+def _adafactor(_):
+    optimizer = optax.adafactor(
+        1.0, multiply_by_parameter_scale=False, clipping_threshold=None
     )
+    return optax.chain(optimizer, optax.stateless(_clip_by_rms))
+
+
+def _clip_by_rms(updates, _params):
+    """Adafactor's clipping (arXiv 1804.04235, section 6), a layer at a time."""
+
+    def clip(path, u):
+        axes = tuple(range(path_of(path)[0] == "layers", u.ndim))
+        rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=axes, keepdims=True))
+        return u / jnp.maximum(1.0, rms)
+
+    return jax.tree_util.tree_map_with_path(clip, updates)
+
+
+def _matrix_axes(params):
+    """Which axes of each array muon orthogonalises: the last two of a kernel."""
+
+    def axes(path, leaf):
+        keys = path_of(path)
+        if keys[-1] != "kernel" or keys[0] != "layers":
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 OPTIMIZERS = {"adamw": _adamw, "lion": _lion, "muon": _muon, "adafactor": _adafactor}
@@ -104,11 +118,22 @@ def check(config: Config) -> None:
     """Raise UserError for values that no optimizer takes."""
     if config.name not in OPTIMIZERS:
         raise unknown("config.optim.name", "optimizer", config.name, OPTIMIZERS)
-    if config.learning_rate < 0 or not math.isfinite(config.learning_rate):
-        raise UserError(
-            "config.optim.learning_rate: must be finite and not negative; got "
-            f"{config.learning_rate}."
-        )
+    for name, rule, is_good in (
+        ("learning_rate", "at least 0", lambda v: v >= 0),
+        ("warmup_steps", "at least 0", lambda v: v >= 0),
+        ("final_fraction", "in [0, 1]", lambda v: 0 <= v <= 1),
+        ("decay_steps", "at least 1", lambda v: v >= 1),
+        ("decay_fraction", "in (0, 1]", lambda v: 0 < v <= 1),
+        ("beta1", "in [0, 1)", lambda v: 0 <= v < 1),
+        ("beta2", "in [0, 1)", lambda v: 0 <= v < 1),
+        ("eps", "at least 0", lambda v: v >= 0),
+        ("weight_decay", "at least 0", lambda v: v >= 0),
+        ("clip_norm", "positive", lambda v: v > 0),
+        ("ema_decay", "in [0, 1)", lambda v: 0 <= v < 1),
+    ):
+        value = getattr(config, name)
+        if value is not None and not is_good(value):
+            raise UserError(f"config.optim.{name}: must be {rule}; got {value}.")
     for name in ("decay_pattern", "freeze"):
         pattern = getattr(config, name)
         try:
@@ -156,29 +181,24 @@ def _per_leaf(params, layout: Layout, fn):
     )
 
 
-def _matrix_axes(params):
-    """Which axes of each array muon orthogonalises: the last two of a kernel."""
-
-    def axes(path, leaf):
-        keys = path_of(path)
-        if keys[-1] != "kernel" or keys[0] != "layers":
-            return None
-        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
 def make(config: Config, layout: Layout) -> optax.GradientTransformation:
     """The optimizer (learning rate 1, no clipping: the step clips)."""
     check(config)
-    pattern = re.compile(config.decay_pattern)
+    optimizer = OPTIMIZERS[config.name](config)
+    if not config.weight_decay:
+        return optimizer
 
-    def mask(params):
-        return _per_leaf(
-            params, layout, lambda _, names, __: pattern.search(names[0]) is not None
-        )
+    def decay(updates, params):
+        factors = _chosen("decay_pattern", config.decay_pattern, params, layout)
 
-    return OPTIMIZERS[config.name](config, mask, _matrix_axes)
+        def one(u, p, factor):
+            if not np.any(factor):
+                return u
+            return u - (config.weight_decay * factor).astype(u.dtype) * p
+
+        return jax.tree.map(one, updates, params, factors)
+
+    return optax.chain(optimizer, optax.stateless(decay))
 
 
 def frozen(config: Config, params, layout: Layout) -> dict | None:
@@ -188,23 +208,24 @@ def frozen(config: Config, params, layout: Layout) -> dict | None:
     """
     if config.freeze is None:
         return None
-    pattern = re.compile(config.freeze)
-    matched = []
+    held = _chosen("freeze", config.freeze, params, layout)
+    return jax.tree.map(lambda factor: 1 - factor, held)
+
+
+def _chosen(option: str, pattern: str, params, layout: Layout):
+    """Per array float32 1.0 where `pattern` is found in its name, else 0.0."""
+    matches = re.compile(pattern).search
 
     def factor(path, names, leaf):
-        held = [pattern.search(name) is not None for name in names]
-        matched.extend(
-            name for name, is_held in zip(names, held, strict=True) if is_held
-        )
-        trains = 1.0 - np.asarray(held, np.float32)
+        found = np.asarray([matches(name) is not None for name in names], np.float32)
         if path[0] != "layers":
-            return trains[0]
-        return trains.reshape((-1,) + (1,) * (leaf.ndim - 1))
+            return found[0]
+        return found.reshape((-1,) + (1,) * (leaf.ndim - 1))
 
     factors = _per_leaf(params, layout, factor)
-    if not matched:
+    if not any(np.any(f) for f in jax.tree.leaves(factors)):
         raise UserError(
-            f"config.optim.freeze: matches no parameter; got {config.freeze!r}. Names "
+            f"config.optim.{option}: matches no parameter; got {pattern!r}. Names "
             'look like "layers/000/mixer/query/kernel" and "token_embedding/table".'
         )
     return factors

@@ -7,7 +7,8 @@ State is a dict of plain arrays:
     health                  "bad_steps" int32, how many updates were not applied;
                             "bad_in_row" int32, how many of the latest; "first_bad"
                             int32, the first of the latest row or -1; "finite" bool per
-                            array of params, for that first bad step
+                            array of params: whether its gradient and its update were
+                            at that first bad step
 """
 
 import dataclasses
@@ -77,11 +78,8 @@ def make_step(recipe: Recipe):
         grads, metrics, buffers = _gradients(recipe, state, batch, prng_key)
         if trains is not None:
             grads = _scale(grads, trains)
-        finite = jax.tree.map(lambda g: jnp.isfinite(jnp.sum(jnp.square(g))), grads)
-        is_good = jnp.isfinite(metrics["loss"])
-        is_good &= jnp.all(jnp.stack(jax.tree.leaves(finite)))
-
-        norm = optax.tree.norm(grads)
+        squares = _squares(grads)
+        norm = _root(squares)
         if recipe.optim.clip_norm is not None:
             factor = jnp.minimum(1.0, recipe.optim.clip_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
@@ -91,6 +89,13 @@ def make_step(recipe: Recipe):
         if trains is not None:
             updates = _scale(updates, trains)
         params = optax.apply_updates(state["params"], updates)
+        moved = _squares(updates)
+        # Finite gradients can still give an update that is not (0 / 0 in Adam).
+        finite = jax.tree.map(
+            lambda g, u: jnp.isfinite(g) & jnp.isfinite(u), squares, moved
+        )
+        is_good = jnp.isfinite(metrics["loss"])
+        is_good &= jnp.all(jnp.stack(jax.tree.leaves(finite)))
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_good, n, o), new, old)
@@ -103,7 +108,8 @@ def make_step(recipe: Recipe):
             "health": _health(state, finite, is_good),
         }
         if "ema" in state:
-            new["ema"] = _average(state["ema"], new["params"], recipe.optim.ema_decay)
+            ema = _average(state["ema"], params, recipe.optim.ema_decay)
+            new["ema"] = keep(ema, state["ema"])
         metrics |= {
             "grad_norm": norm,
             "param_norm": optax.tree.norm(new["params"]),
@@ -179,6 +185,21 @@ def _gradients(recipe: Recipe, state: dict, batch: dict, prng_key):
 
 def _scale(tree, factors):
     return jax.tree.map(lambda a, f: a * jnp.asarray(f, a.dtype), tree, factors)
+
+
+def _squares(tree):
+    """The sum of squares of each array, float32 or wider."""
+    return jax.tree.map(
+        lambda a: jnp.sum(
+            jnp.square(a.astype(jnp.promote_types(a.dtype, jnp.float32)))
+        ),
+        tree,
+    )
+
+
+def _root(squares) -> jax.Array:
+    """The norm of a whole tree from its `_squares`."""
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
 
 
 def _average(ema, params, decay: float):
