@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from attnjax import conformance
 from attnjax.core import discovery, entries
 from attnjax.core.context import Context
 from attnjax.core.spec import MixerDims
+from attnjax.models import lm
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_mechanism.md"
 DIMS = MixerDims(embed_dim=7, num_heads=1, num_kv_heads=1, head_dim=7)
@@ -71,6 +73,17 @@ def test_decoding_in_pieces_is_the_full_pass(mechanism):
     np.testing.assert_allclose(
         jnp.concatenate(pieces, axis=1), whole, rtol=1e-5, atol=1e-6
     )
+
+
+def test_the_example_passes_the_suite_of_every_mixer(path):
+    report = conformance.run(path)
+    assert report.passed, str(report)
+
+
+def test_the_example_is_a_layer_of_a_model(path):
+    options = {"layers": "mine", "num_layers": 2, "mixers": {"mine": {"type": path}}}
+    config = lm.resolve({**options, "embed_dim": 8, "num_heads": 2})
+    assert config["mixers"]["mine"] == {"type": path, "initial_decay": 0.9}
 
 
 def test_the_example_refuses_what_it_says(mechanism):
