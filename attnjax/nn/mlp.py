@@ -62,7 +62,9 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if activation not in ACTIVATIONS:
-            raise unknown("config.model.mlp", "activation", activation, ACTIVATIONS)
+            raise unknown(
+                "config.model.activation", "activation", activation, ACTIVATIONS
+            )
         make = partial(
             Linear, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )

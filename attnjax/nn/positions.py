@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.core.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -59,6 +61,16 @@ class Rope:
                 f"factor does nothing with scaling=none; got factor={self.factor}. Set "
                 "scaling to linear, ntk, llama3 or yarn."
             )
+        if self.scaling == "llama3" and not self.high_freq > self.low_freq:
+            raise ValueError(
+                f"high_freq must exceed low_freq; got low_freq={self.low_freq}, "
+                f"high_freq={self.high_freq}."
+            )
+        if self.scaling == "yarn" and not self.beta_fast > self.beta_slow:
+            raise ValueError(
+                f"beta_fast must exceed beta_slow; got beta_fast={self.beta_fast}, "
+                f"beta_slow={self.beta_slow}."
+            )
 
     def rotated_dim(self, head_dim: int) -> int:
         """How many of `head_dim` entries are rotated (even)."""
@@ -69,8 +81,21 @@ def rope_frequencies(head_dim: int, rope: Rope) -> tuple[np.ndarray, float]:
     """Angular frequencies in radians per token, float64 [R/2], and the temperature.
 
     The temperature multiplies query and key (1 except for yarn).
+
+    Raises:
+        UserError: when no pair of entries is left to rotate.
     """
     rotated = rope.rotated_dim(head_dim)
+    if rotated < 2:
+        raise UserError(
+            f"rope: must rotate at least one pair of entries; got head_dim={head_dim}, "
+            f"fraction={rope.fraction}. Raise one of them, or use positions=none."
+        )
+    if rope.scaling == "ntk" and rotated < 4:
+        raise UserError(
+            "rope: scaling=ntk needs more than one rotated pair; got "
+            f"head_dim={head_dim}, fraction={rope.fraction}. Use scaling=linear."
+        )
     theta = rope.theta
     if rope.scaling == "ntk":
         theta = theta * rope.factor ** (rotated / (rotated - 2))
