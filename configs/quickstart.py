@@ -31,11 +31,11 @@ def get_config() -> ConfigDict:
     config.optim.warmup_steps = 40
 
     config.train = ConfigDict()
-    config.train.steps = 600
+    config.train.steps = 360
     config.train.batch_size = 16
     config.train.log_every = 10
-    config.train.save_every = 200
+    config.train.save_every = 120
 
     config.eval = ConfigDict()
-    config.eval.every = 300
+    config.eval.every = 180
     return config
