@@ -404,4 +404,5 @@ VARIANTS = (
     {"num_kv_heads": 1, "value_head_dim": 6, "weight_map": "sink_logit"},
     {"window": 3, "sinks": 2, "soft_cap": 5.0},
     {"positions": "alibi", "qk_norm": True, "weight_map": "off_by_one"},
+    {"output": ({"type": "gated_attention"},)},
 )
