@@ -1,6 +1,6 @@
 """Train configs/lm_shakespeare.py over several seeds and write the table.
 
-    python experiments/shakespeare_char/run.py --data_dir DATA_DIR --workdir runs/shakespeare
+    python experiments/shakespeare_char/run.py --data_dir DATA_DIR --workdir WORKDIR
 
 DATA_DIR holds the TensorFlow Datasets folder `tiny_shakespeare`. Finished seeds are not
 trained again. Writes results.csv and table.md beside this file.
@@ -68,7 +68,8 @@ def table(rows: list[dict]) -> str:
         "| | seeds | held-out loss, nats per character | spread |",
         "|---|---|---|---|",
         f"| attnjax | {len(rows)} | {mean:.4f} | {spread:.4f} |",
-        f"| nanoGPT | {len(NANOGPT)} | {theirs:.4f} | {statistics.stdev(NANOGPT):.4f} |",
+        f"| nanoGPT | {len(NANOGPT)} | {theirs:.4f} "
+        f"| {statistics.stdev(NANOGPT):.4f} |",
         "",
         f"Difference of the means: {mean - theirs:+.4f} nats. Made on "
         f"{platform.machine()}, {os.cpu_count()} cores, Python "
