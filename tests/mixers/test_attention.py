@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from attnjax import kernels, nn
+from attnjax.conformance.subject import jitted
 from attnjax.core import schema
 from attnjax.core.context import Context, Hook
 from attnjax.core.errors import UserError
@@ -70,12 +71,12 @@ def context(segments=None, length=T, batch=B, **fields):
     return Context(positions=positions, **fields)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jitted, static_argnums=0)
 def _call(graph, params, x, ctx):
     return nnx.merge(graph, params)(x, ctx)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jitted, static_argnums=0)
 def _step(graph, params, x, state, ctx):
     return nnx.merge(graph, params).step(x, state, ctx)
 
@@ -141,7 +142,7 @@ def test_reference_equals_loops_over_queries():
     shapes = [(B, T, H, D), (B, T, K, D), (B, T, K, 5)]
     args = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
     visible = see(SEGMENTS)
-    out = jax.jit(attention.reference)(*args, visible[:, None])
+    out = jitted(attention.reference)(*args, visible[:, None])
     close(out, loops(*args, visible))
 
 
@@ -161,7 +162,7 @@ def test_mixer_is_attention_between_four_maps(kv_heads, segments, causal):
     mixer = make({"num_kv_heads": kv_heads, "value_head_dim": 5})
     x = inputs()
     split = lambda a, dim: a.reshape(B, T, -1, dim)  # noqa: E731
-    heads = jax.jit(attention.reference)(
+    heads = jitted(attention.reference)(
         split(x @ mixer.query.kernel[...], D),
         split(x @ mixer.key.kernel[...], D),
         split(x @ mixer.value.kernel[...], 5),
@@ -210,7 +211,7 @@ def test_a_named_kernel_gives_the_same(kernel):
 def seen_by_gradient(mixer, ctx):
     """bool [T, T]: which inputs each output depends on."""
     x = inputs(batch=1)
-    slope = jax.jit(jax.jacobian(lambda x: mixer(x, ctx)[0].sum((0, 2))))(x)
+    slope = jitted(jax.jacobian(lambda x: mixer(x, ctx)[0].sum((0, 2))))(x)
     return np.abs(np.asarray(slope)[:, 0]).max(-1) > 0
 
 
@@ -335,7 +336,7 @@ def test_cross_attention_reads_all_of_the_memory():
     query = mixer.query_norm(split(x @ mixer.query.kernel[...], H))
     key = mixer.key_norm(split(memory @ mixer.key.kernel[...], K))
     value = split(memory @ mixer.value.kernel[...], K)
-    heads = jax.jit(attention.reference)(query, key, value, np.ones((1, 1, 1, 5), bool))
+    heads = jitted(attention.reference)(query, key, value, np.ones((1, 1, 1, 5), bool))
     close(y, heads.reshape(B, T, -1) @ mixer.out.kernel[...])
 
 
@@ -508,7 +509,6 @@ def test_a_layer_works_under_scan_remat_and_vmapped_init():
         y, out = nnx.merge(graph, params)(x, ctx)
         return x + y, out
 
-    @jax.jit
     def loss(params):
         whole, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, params)
         return jnp.sum(whole**2)
@@ -519,7 +519,7 @@ def test_a_layer_works_under_scan_remat_and_vmapped_init():
             whole, _ = body(whole, jax.tree.map(lambda a, i=layer: a[i], params))
         return jnp.sum(whole**2)
 
-    found, expected = jax.grad(loss)(stacked), jax.jit(jax.grad(unrolled))(stacked)
+    found, expected = (jitted(jax.grad(f))(stacked) for f in (loss, unrolled))
     jax.tree.map(lambda a, b: close(a, b, atol=1e-3), found, expected)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
