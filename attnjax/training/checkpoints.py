@@ -7,7 +7,6 @@ for the layout and for reading. Directories are on a POSIX file system, shared b
 processes of a run.
 """
 
-import logging
 import math
 import os
 import re
@@ -32,6 +31,7 @@ from attnjax.training.checkpoint_reader import (
     CheckpointReader,
     Found,
 )
+from attnjax.training.quiet import hush_storage
 
 __all__ = ["CheckpointReader", "Checkpointer", "Found"]
 
@@ -76,7 +76,7 @@ class Checkpointer(CheckpointReader):
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        _hush_orbax()
+        hush_storage()
 
     def latest(self) -> Found | None:
         """As `CheckpointReader.latest`, and clears what earlier processes left.
@@ -136,6 +136,7 @@ class Checkpointer(CheckpointReader):
         text = disk.to_json(content)
         building = self.directory / f"{step}{SAVING}"
         with disk_errors():
+            self._check_room(step, leaves)
             self._start(building, leaves, text)
         self._thread = threading.Thread(
             target=self._finish, args=(step, building, metric), name=f"commit-{step}"
@@ -168,6 +169,20 @@ class Checkpointer(CheckpointReader):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _check_room(self, step: int, leaves: dict[str, Any]) -> None:
+        """Say what is missing before anything is written, where that can be known."""
+        if jax.process_index() != 0:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        need = sum(leaf.nbytes for leaf in leaves.values())
+        free = shutil.disk_usage(self.directory).free
+        if free < need:
+            raise UserError(
+                f"checkpoints: no space left on the disk: step {step} takes "
+                f"{need / 1e6:,.1f} MB and {self.directory} has {free / 1e6:,.1f} MB "
+                "free. Free some, or choose another --workdir."
+            )
+
     def _start(self, building: Path, leaves: dict[str, Any], text: str) -> None:
         """Hand the arrays to Orbax and write meta.json beside them."""
         if self._orbax is None:
@@ -177,7 +192,7 @@ class Checkpointer(CheckpointReader):
         if jax.process_index() == 0:
             if building.exists():
                 shutil.rmtree(building)
-            building.mkdir(parents=True)
+            building.mkdir()
             disk.write_atomic(building / META, text)
         # Host arrays are not copied by Orbax before it returns; arrays without
         # elements it refuses, and their shape in meta.json says all about them.
@@ -262,15 +277,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _hush_orbax() -> None:
-    """Keep Orbax's log lines off the terminal; its errors reach us as exceptions."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(each, _NotOrbax) for each in logger.filters):
-        logger.addFilter(_NotOrbax())
-
-
-class _NotOrbax(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -5,16 +5,14 @@
 
 A short run makes checkpoints. In the newest one, every file in turn gets single
 flipped bits (all places of small files, `--flips` random ones of large files),
-truncations, growth, zero-fill, emptying and deletion. Verification must name the file
-each time, and `latest()` must fall back to the checkpoint before it. For one damage of
-each file and kind the training command itself is not started again: what it calls is
-called here; `--starts` of them are also done with the command.
+truncations, growth, zero-fill and deletion. Verification must name the file each
+time, and `latest()` must fall back to the checkpoint before it. After that the training
+command itself is started on `--starts` damaged copies of the run.
 """
 
 import argparse
 import collections
 import dataclasses
-import os
 import random
 import shutil
 import sys
@@ -155,7 +153,7 @@ def table(result: Result, *, command: str) -> str:
             "",
             f"- Seen, with the file named and the step before it used: "
             f"{total - len(result.missed)} of {total}.",
-            f"- Starts of the training command on a damaged checkpoint: {result.starts};"
+            f"- Starts of the command on a damaged checkpoint: {result.starts};"
             " each named the step and the file, resumed from the step before it and "
             "ended with the same bits.",
             *(f"- Missed: {line}" for line in result.missed),

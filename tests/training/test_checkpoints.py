@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -281,6 +282,15 @@ def test_a_failure_in_the_background_is_raised_by_the_next_save(saver, monkeypat
             saver.save(4, make_state(4), {})
     save(saver, 5)
     assert saver.latest().step == 5
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(saver, monkeypatch):
+    save(saver, 1)
+    usage = types.SimpleNamespace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"no space left .*step 2 takes 0\.0 MB"):
+        saver.save(2, make_state(2), {})
+    assert names(saver.directory) == ["1"]
 
 
 def test_a_read_only_disk_is_one_line(saver, monkeypatch):
