@@ -12,7 +12,7 @@ phase           one word: what the process is doing now
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from attnjax.core import mappings
@@ -54,6 +54,7 @@ class RunDirectory:
         config: dict,
         *,
         identity_excludes: Iterable[str] = ("mesh",),
+        resolve: Callable[[dict], dict] = dict,
         extend: bool = False,
         primary: bool = True,
     ) -> "RunDirectory":
@@ -63,6 +64,8 @@ class RunDirectory:
             path: the run directory.
             config: resolved, JSON.
             identity_excludes: dotted keys and groups that may differ between starts.
+            resolve: fills the defaults of a config. It is applied to the one that is
+                there, which may be older than some options.
             extend: allow train.steps to be raised.
             primary: whether this process writes; of several processes of one run only
                 one does, and the others neither lock nor check.
@@ -82,7 +85,7 @@ class RunDirectory:
         run._lock = RunLock(path)
         try:
             with disk.disk_errors("workdir"):
-                run._enter(excludes, extend)
+                run._enter(excludes, resolve, extend)
         except BaseException:
             run.close()
             raise
@@ -235,11 +238,13 @@ class RunDirectory:
         with disk.disk_errors("workdir"):
             disk.write_json(self.path / MANIFEST, self._manifest)
 
-    def _enter(self, excludes: tuple[str, ...], extend: bool) -> None:
+    def _enter(
+        self, excludes: tuple[str, ...], resolve: Callable[[dict], dict], extend: bool
+    ) -> None:
         """Under the lock: become the run that is there, or a new one."""
         self._writes = True
         if (self.path / CONFIG).exists() and self._was_started():
-            self._join(excludes, extend)
+            self._join(resolve(_read(self.path / CONFIG)), excludes, extend)
         else:
             self._create(excludes)
         # The manifest goes first: config.json makes the directory a run.
@@ -269,8 +274,8 @@ class RunDirectory:
             "extended": [],
         }
 
-    def _join(self, excludes: tuple[str, ...], extend: bool) -> None:
-        old = _read(self.path / CONFIG)
+    def _join(self, old: dict, excludes: tuple[str, ...], extend: bool) -> None:
+        """Go on with the run of the config `old`, or refuse to."""
         was = mappings.without(old, excludes)
         now = mappings.without(self.config, excludes)
         if mappings.canonical(was) == mappings.canonical(now):

@@ -88,6 +88,18 @@ def test_another_config_is_refused_with_the_difference(path):
         pass  # the refused process has let go of the lock
 
 
+def test_options_that_are_newer_than_the_run_take_their_defaults(path):
+    def resolve(given):
+        return {**given, "model": {"new_option": 1, **given["model"]}}
+
+    with enter(path, resolve(CONFIG), resolve=resolve):
+        pass
+    assert read(path, "config.json")["model"]["new_option"] == 1
+    other = {**CONFIG, "model": {**CONFIG["model"], "new_option": 2}}
+    with pytest.raises(UserError, match=r"- model.new_option = 1\n  \+ .* = 2"):
+        enter(path, other, resolve=resolve)
+
+
 def test_more_steps_need_extend_and_are_recorded(path):
     with pytest.raises(UserError, match=r"\+ train.steps = 20\n.*pass --extend"):
         enter(path, config(steps=20))
