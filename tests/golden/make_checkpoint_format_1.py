@@ -5,6 +5,7 @@ python tests/golden/make_checkpoint_format_1.py
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,8 +31,11 @@ def main() -> None:
     """Write the directory anew."""
     folder = Path(__file__).parent / "checkpoint_format_1"
     shutil.rmtree(folder, ignore_errors=True)
-    with Checkpointer(folder) as saver:
-        saver.save(3, state(), {"layout": {"names": ["attention"]}}, metric=1.5)
+    # Orbax notes the place it wrote to; this one says nothing about the machine.
+    with tempfile.TemporaryDirectory() as temporary:
+        with Checkpointer(temporary) as saver:
+            saver.save(3, state(), {"layout": {"names": ["attention"]}}, metric=1.5)
+        shutil.copytree(temporary, folder)
 
 
 if __name__ == "__main__":
