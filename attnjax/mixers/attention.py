@@ -209,7 +209,7 @@ class Mixer(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, MixerOut]:
         """[B, T, C] -> [B, T, C] in the compute dtype."""
-        self._check(ctx, is_step=False)
+        self.check(ctx, is_step=False)
         call = Call(ctx)
         x = call.probe("input", x)
         query = self.make_query(x, call)
@@ -230,10 +230,15 @@ class Mixer(nnx.Module):
         y = nn.dropout(y, self.dims.dropout, prng_key=ctx.prng_key, train=ctx.train)
         return y, call.out()
 
-    def _check(self, ctx: Context, *, is_step: bool) -> None:
-        known = HOOKS + tuple(hook for slot in self.slots() for hook in slot.hooks)
+    def check(self, ctx: Context, *, is_step: bool) -> None:
+        """Refuse requests and hooks that this layer does not serve."""
+        known = self.known_hooks()
         probes.check_hooks(ctx, known, owner=SPEC.name, is_step=is_step)
         check_request(SPEC, ctx, step=is_step, mask=not self.cross, hooks=known)
+
+    def known_hooks(self) -> tuple[str, ...]:
+        """Every `Hook.what` of this layer."""
+        return HOOKS + tuple(hook for slot in self.slots() for hook in slot.hooks)
 
     def _memory(self, memory: jax.Array | None) -> jax.Array:
         if memory is None:
@@ -269,15 +274,20 @@ class Mixer(nnx.Module):
         """Rotary positions on [B, T, H, D] where the layer has them."""
         return x if self.rope is None else nn.apply_rope(x, positions, self.rope)
 
-    def attend(self, x, qkv, mask, operands: dict, call: Call) -> jax.Array:
-        """Scores, weight map and mask: (query, key, value) -> [B, T, H, E]."""
-        spec = dataclasses.replace(self.spec, mask=mask)
-        operands = dict(operands)
-        if self.sink is not None:
-            operands["sink"] = self.sink[...]
-        if self.reach.by_distance:
-            slopes = nn.alibi_slopes(self.shape.num_heads)
-            operands["alibi_slopes"] = jnp.asarray(slopes)
+    def attend(self, x, qkv, mask, operands: dict, call: Call, *, spec=None):
+        """Scores, weight map and mask on (query, key, value).
+
+        Args:
+            x: the layer's input, which output options may read.
+            qkv: [B, T, H, D], [B, S, K, D], [B, S, K, E].
+            mask, operands: which keys are seen.
+            spec: the rest of the computation; None is the layer's own.
+
+        Returns:
+            [B, T, H, E], and the log-sums where `spec` asks for them.
+        """
+        spec = dataclasses.replace(spec or self.spec, mask=mask)
+        operands = operands | self._constants(spec)
         for slot in self.slots():
             spec, operands = slot.attend(x, spec, operands, call)
         if any(hook.what in ("scores", "weights") for hook in call.ctx.hooks):
@@ -289,6 +299,16 @@ class Mixer(nnx.Module):
             )
         except NotImplementedError as error:
             raise UserError(f"config.model.kernel={dims.kernel}: {error}") from error
+
+    def _constants(self, spec: kernels.AttentionSpec) -> dict[str, jax.Array]:
+        """The arrays of the layer itself that `spec` needs."""
+        needed = {operand.name for operand in spec.operands}
+        found = {}
+        if "sink" in needed:
+            found["sink"] = self.sink[...]
+        if "alibi_slopes" in needed:
+            found["alibi_slopes"] = jnp.asarray(nn.alibi_slopes(self.shape.num_heads))
+        return found
 
     def finish(self, x: jax.Array, heads: jax.Array, call: Call) -> jax.Array:
         """The output slot: [B, T, H, E] -> [B, T, C]."""
@@ -317,7 +337,7 @@ class Mixer(nnx.Module):
         A prefix (`ctx.prefix_len`) must lie within one step: tokens that come later
         are not there to be seen.
         """
-        self._check(ctx, is_step=True)
+        self.check(ctx, is_step=True)
         call = Call(ctx, is_step=True)
         x = call.probe("input", x)
         query = self.make_query(x, call)
