@@ -16,7 +16,7 @@ from attnjax.training.disk import disk_errors
 from attnjax.training.loop import BadSteps, Hook, Loop, Services
 from attnjax.training.metrics import MetricsLog
 from attnjax.training.progress import Reporter
-from attnjax.training.run_directory import RunDirectory
+from attnjax.training.run_directory import CONFIG, RunDirectory
 from attnjax.training.signals import StopRequested, StopSignal, leave
 
 TOKENIZER = "tokenizer.json"
@@ -54,9 +54,19 @@ def train(
                 hooks=hooks,
                 signals=own,
             )
+    # A mistake in the config shows here, before it has claimed the directory.
+    try:
+        with signals.interrupting():
+            experiment = experiments.build(config)
+            if not (Path(workdir) / CONFIG).exists():
+                _check_source(experiment)
+    except StopRequested:
+        print(f"{signals.requested}: nothing was begun; run the command again.")
+        leave(EXIT_SAVED)
     with RunDirectory.open(
         workdir,
         config,
+        resolve=experiments.resolve,
         identity_excludes=experiments.IDENTITY_EXCLUDES,
         extend=extend,
         primary=hosts.is_writer(),
@@ -66,7 +76,7 @@ def train(
             _already_done(run)
             return EXIT_OK
         try:
-            return _train(config, run, signals, sample, hooks)
+            return _train(experiment, run, signals, sample, hooks)
         except StopRequested:
             # Nothing was trained since the last checkpoint. A compilation may still
             # be running in a thread that cannot be stopped.
@@ -86,9 +96,23 @@ def _already_done(run: RunDirectory) -> None:
     )
 
 
-def _train(config: dict, run: RunDirectory, signals: StopSignal, sample, hooks) -> int:
-    with signals.interrupting():
-        experiment = experiments.build(config)
+def _check_source(experiment) -> None:
+    """Raise UserError unless train.init_from is a run with the same tokenizer."""
+    source = experiment.train.init_from
+    if source is None:
+        return
+    if not (Path(source) / CONFIG).is_file():
+        raise UserError(
+            f"config.train.init_from: {source!r} is not a run directory (it has no "
+            f"{CONFIG})."
+        )
+    stored = tokenizers.load_tokenizer(Path(source) / TOKENIZER)
+    tokenizers.check_same_tokenizer(
+        stored, experiment.corpus.tokenizer, owner="config.train.init_from"
+    )
+
+
+def _train(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> int:
     with disk_errors("workdir"):
         tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
     settings = experiment.train
@@ -102,11 +126,13 @@ def _train(config: dict, run: RunDirectory, signals: StopSignal, sample, hooks) 
     ):
         state, pending_eval = _first_state(experiment, run, checkpoints, signals)
         step = int(state["step"])
-        run.start(
+        changes = run.start(
             step,
             data_fingerprint=experiment.corpus.fingerprint,
             data=experiment.corpus.provenance,
         )
+        for line in changes:
+            print(line, flush=True)
         metrics.cut_back(step)
         # The evaluation was done after this checkpoint, before a kill.
         pending_eval = pending_eval and not metrics.has(step, "eval")
@@ -148,16 +174,8 @@ def _first_state(experiment, run, checkpoints, signals) -> tuple[dict, bool]:
         source = experiment.train.init_from
         if source is None:
             return start.new_state(experiment), False
-        if not (Path(source) / "config.json").is_file():
-            raise UserError(
-                f"config.train.init_from: {source!r} is not a run directory (it has no "
-                "config.json)."
-            )
+        _check_source(experiment)
         reader = CheckpointReader(Path(source) / "checkpoints")
-        stored = tokenizers.load_tokenizer(Path(source) / TOKENIZER)
-        tokenizers.check_same_tokenizer(
-            stored, experiment.corpus.tokenizer, owner="config.train.init_from"
-        )
         return start.start_from(experiment, reader, print), False
 
 

@@ -140,7 +140,7 @@ def test_init_from_starts_where_the_other_run_ended(run, go, tmp_path, capsys):
     assert go(tmp_path / "r", **changes) == EXIT_OK
     assert "arrays taken over" in capsys.readouterr().out
     ended = [row for row in rows(run) if row["split"] == "eval"][-1]["loss"]
-    begun = [row for row in rows(tmp_path / "r") if row["split"] == "eval"][0]["loss"]
+    begun = next(r for r in rows(tmp_path / "r") if r["split"] == "eval")["loss"]
     assert begun == pytest.approx(ended, abs=1e-6)
 
 
@@ -244,3 +244,13 @@ def test_hooks_see_every_step_and_evaluation(go, corpus, tmp_path):
     code = train_run(experiment.resolve(given), tmp_path / "r", hooks=(Recorder(),))
     assert code == EXIT_OK
     assert seen == [1, 2, 3, ("eval", 3, True, True)]
+
+
+def test_a_mistake_does_not_claim_the_run_directory(go, tmp_path):
+    workdir = tmp_path / "r"
+    with pytest.raises(UserError, match=r"batch_size: must be a multiple"):
+        go(workdir, train__batch_size=9)
+    with pytest.raises(UserError, match=r"init_from: .* is not a run directory"):
+        go(workdir, train__init_from=tmp_path)
+    assert not (workdir / "config.json").exists()
+    assert go(workdir, train__steps=1) == EXIT_OK
