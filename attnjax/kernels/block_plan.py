@@ -4,9 +4,20 @@ import dataclasses
 
 from attnjax.kernels.request import Request
 
-# One tile is taken up to this many scores [B, H, T, S], or up to this length.
-ONE_TILE_SCORES = 2**21
-SMALL_LENGTH = 128
+# One tile is taken up to SMALL_LENGTH, for as many scores [B, H, T, S] as LARGE_TILE,
+# and for any shape with no more scores than SMALL_TILE.
+SMALL_LENGTH = 256
+LARGE_TILE = 2**23
+SMALL_TILE = 2**19
+# Block sizes that are weighed against one another otherwise, largest first. A tile of
+# up to CACHED scores stays in a core's cache; a masked score costs more than one
+# that needs no mask, and each tile costs as much as TILE_OVERHEAD scores. Measured
+# on two x86 cores; `python -m attnjax.bench kernels` shows what they amount to.
+CANDIDATES = ((256, 128), (128, 128), (64, 64))
+CACHED = 3 * 2**17
+MASKED_COST = 1.5
+TILE_OVERHEAD = 10_000
+MOST_TILES = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +52,3 @@ class BlockPlan:
     def padded_keys(self) -> bool:
         """Whether the last block of keys has padding."""
         return self.num_k * self.block_k != self.request.kv_len
-
-
-def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockPlan:
-    """Choose block sizes, or take the given ones (cut to T and S)."""
-    t, s = request.q_len, request.kv_len
-    if block_sizes is None:
-        block_sizes = _choose(request)
-    return BlockPlan(request, min(block_sizes[0], t), min(block_sizes[1], s))
-
-
-def _choose(request: Request) -> tuple[int, int]:
-    t, s = request.q_len, request.kv_len
-    rows = request.batch * request.num_heads
-    if rows * t * s <= ONE_TILE_SCORES or max(t, s) <= SMALL_LENGTH:
-        return t, s
-    return 256, 256

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import jax
 
 from attnjax.kernels import blocked_backward, blocked_forward, one_tile, tiles
-from attnjax.kernels.block_plan import BlockPlan, plan_blocks
+from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.choose_blocks import plan_blocks
 from attnjax.kernels.request import Request
 from attnjax.kernels.tile_table import tile_table
 

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 
 from attnjax.kernels import tile_math, tiles
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.blocked_forward import join_blocks, pad_operands, split_blocks
+from attnjax.kernels.blocked_forward import (
+    block_at,
+    join_blocks,
+    pad_operands,
+    split_blocks,
+    visit_row,
+)
 from attnjax.kernels.tile_table import tile_at
 
 Arrays = Mapping[str, jax.Array]
@@ -20,59 +26,49 @@ Arrays = Mapping[str, jax.Array]
 def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
     """Gradients of q, k, v and, by name, of the trained operands."""
     q, k, v = qkv
-    request, table = plan.request, kept[2]
-    dtype, scale = request.compute_dtype, request.scale
-    blocks = (
-        split_blocks(k.astype(dtype), plan.block_k, plan.num_k),
-        split_blocks(v.astype(dtype), plan.block_k, plan.num_k),
-    )
+    request = plan.request
+    dtype = request.compute_dtype
+    blocks = [split_blocks(x.astype(dtype), plan.block_k, plan.num_k) for x in (k, v)]
     padded = pad_operands(plan, operands)
     rows, sink_grads = _rows(plan, q, operands, kept, cotangents)
-    trained = {op.name: op for op in request.spec.score_operands}
-    start = (
-        jnp.zeros_like(blocks[0].mT),
-        jnp.zeros_like(blocks[1].mT),
-        {name: jnp.zeros_like(padded[name], dtype) for name in trained},
-    )
+    trained = {operand.name: operand for operand in request.spec.score_operands}
 
-    def row(carry, x):
-        i, row_i, full, num_full, partial, num_partial = x
+    def row(totals, x):
+        i, row_i, *table_row = x
 
-        def visit(indices, masked, n, inner):
-            d_q, d_k, d_v, d_ops = inner
-            j = indices[n]
+        def visit(j, masked, carry):
+            d_q, totals = carry
             tile, mask = tile_at(plan, padded, i, j)
-            mask = mask if masked else None
-            grads = _tile_gradients(
-                request, row_i, (blocks[0][j], blocks[1][j]), tile, mask
-            )
-            d_k = d_k.at[j].add(grads[1])
-            d_v = d_v.at[j].add(grads[2])
-            d_ops = {
-                name: _add_tile(plan, d_ops[name], grads[3][name], op, i, j)
-                for name, op in trained.items()
+            kv = [block_at(x, j) for x in blocks]
+            part = _tile_gradients(request, row_i, kv, tile, mask if masked else None)
+            d_operands = {
+                name: _add_tile(plan, totals[2][name], part[3][name], operand, i, j)
+                for name, operand in trained.items()
             }
-            return d_q + grads[0], d_k, d_v, d_ops
+            d_k, d_v = (_add_block(*x, j) for x in zip(totals, part[1:3], strict=False))
+            return d_q + part[0], (d_k, d_v, d_operands)
 
-        inner = (jnp.zeros_like(row_i["q"]), *carry)
-        inner = jax.lax.fori_loop(
-            0, num_full, lambda n, c: visit(full, False, n, c), inner
-        )
-        inner = jax.lax.fori_loop(
-            0, num_partial, lambda n, c: visit(partial, True, n, c), inner
-        )
-        return inner[1:], inner[0]
+        d_q = jnp.zeros_like(row_i["q"])
+        d_q, totals = visit_row(table_row, visit, (d_q, totals))
+        return totals, d_q
 
+    start = [jnp.zeros_like(x.mT) for x in blocks]
+    start.append({name: jnp.zeros_like(padded[name], dtype) for name in trained})
     steps = jnp.arange(plan.num_q, dtype=jnp.int32)
-    xs = jax.tree.map(jnp.asarray, (steps, rows, *table))
-    (d_k, d_v, d_ops), d_q = jax.lax.scan(row, start, xs)
-    d_ops = {
+    xs = jax.tree.map(jnp.asarray, (steps, rows, *kept[2]))
+    (d_k, d_v, d_operands), d_q = jax.lax.scan(row, tuple(start), xs)
+    d_operands = {
         name: x[tuple(slice(0, n) for n in operands[name].shape)]
-        for name, x in d_ops.items()
+        for name, x in d_operands.items()
     }
-    d_q = join_blocks(d_q, request.q_len) * scale
+    d_q = join_blocks(d_q, request.q_len) * request.scale
     d_k, d_v = (join_blocks(x.mT, request.kv_len) for x in (d_k, d_v))
-    return d_q, d_k, d_v, d_ops | sink_grads
+    return d_q, d_k, d_v, d_operands | sink_grads
+
+
+def _add_block(total: jax.Array, part: jax.Array, j: jax.Array) -> jax.Array:
+    """Add to block j, in place."""
+    return jax.lax.dynamic_update_index_in_dim(total, block_at(total, j) + part, j, 0)
 
 
 def _rows(plan: BlockPlan, q, operands: Arrays, kept, cotangents):

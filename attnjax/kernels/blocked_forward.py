@@ -41,6 +41,22 @@ def pad_operands(plan: BlockPlan, operands: Arrays) -> dict[str, jax.Array]:
     return padded
 
 
+def block_at(blocks: jax.Array, j: jax.Array) -> jax.Array:
+    """Block j, which exists: without the bounds checks of `blocks[j]`."""
+    return jax.lax.dynamic_index_in_dim(blocks, j, keepdims=False)
+
+
+def visit_row(table_row: tuple, visit, carry):
+    """Run `visit(j, masked, carry)` over a row's blocks: full ones, then partial."""
+    full, num_full, partial, num_partial = table_row
+
+    def over(indices, masked):
+        return lambda n, inner: visit(block_at(indices, n), masked, inner)
+
+    carry = jax.lax.fori_loop(0, num_full, over(full, False), carry)
+    return jax.lax.fori_loop(0, num_partial, over(partial, True), carry)
+
+
 def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
     """Output [B, T, H, E] in q's dtype and log-sum [B, T, H] or None.
 
@@ -54,23 +70,16 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
     vb = split_blocks(v.astype(dtype), plan.block_k, plan.num_k)
 
     def row(_, x):
-        i, q_i, full, num_full, partial, num_partial = x
+        i, q_i, *table_row = x
 
-        def visit(blocks, masked, n, carry):
-            j = blocks[n]
+        def visit(j, masked, carry):
             tile, mask = tile_at(plan, operands, i, j)
-            raw = tiles.products(q_i, kb[j])
+            raw = tiles.products(q_i, block_at(kb, j))
             mask = mask if masked else None
             s = tile_math.masked_scores(request.spec, raw, tile, mask)
-            return _absorb(request.spec, carry, s, vb[j])
+            return _absorb(request.spec, carry, s, block_at(vb, j))
 
-        carry = _empty_rows(request, q_i)
-        carry = jax.lax.fori_loop(
-            0, num_full, lambda n, c: visit(full, False, n, c), carry
-        )
-        carry = jax.lax.fori_loop(
-            0, num_partial, lambda n, c: visit(partial, True, n, c), carry
-        )
+        carry = visit_row(table_row, visit, _empty_rows(request, q_i))
         return None, _finish(request.spec, carry, operands)
 
     steps = jnp.arange(plan.num_q, dtype=jnp.int32)

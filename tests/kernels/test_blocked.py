@@ -11,7 +11,7 @@ import pytest
 
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, block_plan, blocked, reference
-from attnjax.kernels.block_plan import plan_blocks
+from attnjax.kernels.choose_blocks import plan_blocks
 from attnjax.kernels.tile_table import static_table, tile_table
 
 CAUSAL = AttentionSpec(mask=kernels.Causal())
@@ -91,8 +91,9 @@ W = jnp.array([0.5, 1.0, 2.0])
 
 @pytest.mark.parametrize("name", ["reference", "blocked"])
 def test_shard_map_over_batch_and_heads_with_a_shared_bias(name, monkeypatch):
-    monkeypatch.setattr(block_plan, "ONE_TILE_SCORES", 0)
+    monkeypatch.setattr(block_plan, "SMALL_TILE", 0)
     monkeypatch.setattr(block_plan, "SMALL_LENGTH", 0)
+    monkeypatch.setattr(block_plan, "CANDIDATES", ((16, 16),))
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=auto)
     parts = jax.sharding.PartitionSpec("data", None, "tensor")
@@ -195,6 +196,28 @@ def test_causal_and_window_visit_only_the_tiles_they_need():
     assert visits(kernels.SlidingWindow(15)) == (0, 7)
     assert visits(kernels.SlidingWindow(15, sinks=1)) == (0, 9)
     assert visits(kernels.Full(), t=60) == (12, 4)
+
+
+def chosen(b, t, h, mask=CAUSAL.mask, s=None):
+    make = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    q, k = make((b, t, h, 64)), make((b, s or t, h, 64))
+    spec, operands = AttentionSpec(mask=mask), {}
+    if s is not None:
+        operands = {"q_offset": jax.ShapeDtypeStruct((), jnp.int32)}
+    target = kernels.default_target()
+    plan = plan_blocks(kernels.make_request(q, k, k, spec, operands, target), None)
+    return plan.block_q, plan.block_k
+
+
+def test_block_sizes_follow_shape_and_mask():
+    assert chosen(12, 64, 4) == (64, 64)
+    assert chosen(4, 256, 8) == (256, 256)
+    assert chosen(2, 1, 8, s=4096) == (1, 4096)
+    assert chosen(1, 4096, 8) == (256, 128)
+    assert chosen(1, 4096, 8, kernels.SlidingWindow(255)) == (64, 64)
+    assert chosen(8, 1024, 12) == (64, 64)
+    assert chosen(64, 256, 12) == (64, 64)
+    assert chosen(1, 2**17, 1) == (256, 128)
 
 
 def test_packed_documents_skip_the_tiles_between_them():
