@@ -15,8 +15,8 @@ SMALL_TILE = 2**19
 # on two x86 cores; `python -m attnjax.bench kernels` shows what they amount to.
 CANDIDATES = ((256, 128), (128, 128), (64, 64))
 CACHED = 3 * 2**17
-MASKED_COST = 1.5
-TILE_OVERHEAD = 10_000
+MASKED_COST = 1.4
+TILE_OVERHEAD = 16_000
 MOST_TILES = 2**17
 
 
