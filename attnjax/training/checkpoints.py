@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 import attnjax
@@ -194,13 +193,9 @@ class Checkpointer(CheckpointReader):
                 shutil.rmtree(building)
             building.mkdir()
             disk.write_atomic(building / META, text)
-        # Host arrays are not copied by Orbax before it returns; arrays without
-        # elements it refuses, and their shape in meta.json says all about them.
-        stored = {
-            path: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
-            for path, leaf in leaves.items()
-            if leaf.size
-        }
+        # Orbax copies off the devices, and copies host arrays, before it returns. It
+        # refuses arrays without elements; their shape in meta.json says all.
+        stored = {path: leaf for path, leaf in leaves.items() if leaf.size}
         self._orbax.save(
             building / STATE, args=ocp.args.PyTreeSave(state_tree.nest(stored))
         )
