@@ -22,6 +22,8 @@ from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
 from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers.requests import check_memory, check_request
+from attnjax.mixers.slots.base import Call
+from attnjax.mixers.slots.probes import check_hooks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +343,27 @@ def recurrent(
     return _finish(numerator, mass, segment_ids, value.dtype), state
 
 
+def weights(query, key, segment_ids=None, rotary=None, *, causal=True) -> jax.Array:
+    """The weight of every key in every output, [B, H, T, T]: for probes, O(T^2).
+
+    Rows sum to 1, without `rotary` all weights are positive; padding has none.
+    """
+    parts, _ = _prepare(query, key, key, segment_ids, None, rotary)
+    same = parts.segments[:, :, None] == parts.segments[:, None, :]
+    seen = jnp.tril(same) if causal else same
+    if segment_ids is not None:
+        valid = segment_ids != 0
+        seen = seen & valid[:, :, None] & valid[:, None, :]
+    seen = seen[:, None, None]
+
+    def scores(query, key):
+        return jnp.where(seen, jnp.einsum("btkgd,bskd->bkgts", query, key), 0)
+
+    mass = jnp.sum(scores(*(parts.plain or parts[:2])), axis=-1, keepdims=True)
+    found = jnp.where(mass > 0, scores(*parts[:2]) / jnp.where(mass > 0, mass, 1), 0)
+    return found.reshape(found.shape[0], -1, *found.shape[3:])
+
+
 def empty_state(batch, kv_heads, key_dim, value_dim, *, dtype=jnp.float32) -> State:
     """The state before the first token."""
     return State(
@@ -358,6 +381,8 @@ def _check_state(state, causal: bool) -> None:
         )
 
 
+# What a Hook may read or change; a decoding step has all but the weights.
+HOOKS = ("input", "query", "key", "value", "heads", "output", "weights")
 FORMS = {"parallel": parallel, "chunked": chunked, "recurrent": recurrent}
 
 
@@ -399,13 +424,16 @@ class Mixer(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, MixerOut]:
         """[B, T, C] -> [B, T, C] in the compute dtype."""
-        check_request(SPEC, ctx)
-        config = self.config
+        check_hooks(ctx, HOOKS, owner=SPEC.name, is_step=False)
+        check_request(SPEC, ctx, hooks=HOOKS)
+        config, call = self.config, Call(ctx)
         form = FORMS[config.form]
         if config.form == "chunked":
             form = partial(form, chunk_size=config.chunk_size)
-        y, _ = self._mix(x, ctx, None, partial(form, causal=ctx.causal))
-        return y, MixerOut()
+        if any(hook.what == "weights" for hook in ctx.hooks):
+            form = partial(_by_weights, call)
+        y, _ = self._mix(x, call, None, partial(form, causal=ctx.causal))
+        return y, call.out()
 
     def init_state(self, batch: int, max_len: int, memory=None) -> State:
         """The state before the first token: its size does not depend on max_len."""
@@ -419,24 +447,38 @@ class Mixer(nnx.Module):
 
     def step(self, x: jax.Array, state: State, ctx: Context):
         """The next T >= 1 tokens [B, T, C] -> y [B, T, C] and the new state."""
-        check_request(SPEC, ctx, step=True)
-        return self._mix(
-            x, ctx, state, partial(chunked, chunk_size=self.config.chunk_size)
-        )
+        check_hooks(ctx, HOOKS[:-1], owner=SPEC.name, is_step=True)
+        check_request(SPEC, ctx, step=True, hooks=HOOKS)
+        form = partial(chunked, chunk_size=self.config.chunk_size)
+        return self._mix(x, Call(ctx, is_step=True), state, form)
 
-    def _mix(self, x, ctx: Context, state, form):
-        dims = self.dims
+    def _mix(self, x, call: Call, state, form):
+        ctx, dims = call.ctx, self.dims
+        x = call.probe("input", x)
         query, key, value = (
             part(x).reshape(*x.shape[:2], -1, dims.head_dim)
             for part in (self.query, self.key, self.value)
         )
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        query = call.probe("query", query, head_axis=2)
+        key = call.probe("key", key, head_axis=2)
+        value = call.probe("value", value, head_axis=2)
         rotary = (ctx.positions, dims.rope) if self.config.rotary else None
         heads, state = form(query, key, value, ctx.segment_ids, state, rotary)
-        y = self.out(heads.reshape(*x.shape[:2], -1))
+        heads = call.probe("heads", heads, head_axis=2)
+        y = call.probe("output", self.out(heads.reshape(*x.shape[:2], -1)))
         y = nn.dropout(y, dims.dropout, prng_key=ctx.prng_key, train=ctx.train)
         return y, state
+
+
+def _by_weights(call: Call, query, key, value, segment_ids, state, rotary, *, causal):
+    """The parallel form through its weights, which hooks read and change."""
+    found = weights(query, key, segment_ids, rotary, causal=causal)
+    found = call.probe("weights", found, head_axis=1)
+    value_ = jnp.repeat(value, query.shape[2] // key.shape[2], axis=2)
+    heads = jnp.einsum("bhts,bshe->bthe", found, value_.astype(found.dtype))
+    return heads.astype(value.dtype), state
 
 
 def _parameter_count(config: Config, dims: MixerDims) -> int:

@@ -1,5 +1,6 @@
 """Facts of linear attention (arXiv 2006.16236) and of its three forms."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,13 +10,14 @@ import pytest
 from flax import nnx
 
 from attnjax import nn
-from attnjax.core.context import Context
+from attnjax.core.context import Context, Hook
 from attnjax.core.errors import UserError
 from attnjax.core.spec import MixerDims
 from attnjax.mixers import linear_attention as la
 
 B, T, H, K, D, E = 2, 13, 6, 3, 4, 5
 DIMS = MixerDims(embed_dim=24, num_heads=H, num_kv_heads=K, head_dim=D)
+ROTARY_DIMS = dataclasses.replace(DIMS, rope=nn.Rope())
 FORMS = {
     "parallel": la.parallel,
     "one chunk": partial(la.chunked, chunk_size=64),
@@ -260,10 +262,15 @@ def test_rotary_needs_the_models_positions():
         la.Mixer(la.Config(rotary=True), DIMS, rngs=nnx.Rngs(0))
 
 
-def test_mixer_is_linear_attention_between_four_maps():
-    mixer = la.Mixer(la.Config(chunk_size=4), DIMS, rngs=nnx.Rngs(3))
+def request(**changes):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 24)), jnp.float32)
     ctx = Context(positions=jnp.asarray(POSITIONS), segment_ids=jnp.asarray(SEGMENTS))
+    return x, ctx.replace(**changes)
+
+
+def test_mixer_is_linear_attention_between_four_maps():
+    mixer = la.Mixer(la.Config(chunk_size=4), DIMS, rngs=nnx.Rngs(3))
+    x, ctx = request()
     y, out = mixer(x, ctx)
     split = lambda a: a.reshape(B, T, -1, D)  # noqa: E731
     maps = (mixer.query, mixer.key, mixer.value)
@@ -271,3 +278,49 @@ def test_mixer_is_linear_attention_between_four_maps():
     expected = heads.reshape(B, T, -1) @ mixer.out.kernel[...]
     np.testing.assert_allclose(y, expected, atol=1e-6)
     assert not out.losses and not out.streams
+
+
+@pytest.mark.parametrize("rotary", [None, (POSITIONS, nn.Rope())], ids=["", "rotary"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_weights_are_what_the_forms_sum_with(rotary, causal):
+    query, key, value = operands()
+    found = la.weights(query, key, SEGMENTS, rotary, causal=causal)
+    assert found.shape == (B, H, T, T)
+    rows = np.broadcast_to((SEGMENTS != 0)[:, None], (B, H, T))
+    if rotary is None:
+        np.testing.assert_allclose(found.sum(-1), rows, atol=1e-5)
+        assert (found >= 0).all()
+    heads = jnp.einsum("bhts,bshe->bthe", found, jnp.repeat(value, H // K, axis=2))
+    expected, _ = run(
+        la.parallel, (query, key, value), SEGMENTS, None, rotary, causal=causal
+    )
+    np.testing.assert_allclose(heads, expected, atol=1e-5)
+
+
+def test_hooks_record_without_changing_and_intervene_on_heads():
+    mixer = la.Mixer(
+        la.Config(chunk_size=4, rotary=True), ROTARY_DIMS, rngs=nnx.Rngs(3)
+    )
+    x, ctx = request()
+    plain, _ = mixer(x, ctx)
+    probes = tuple(Hook(f"see {what}", what) for what in la.HOOKS)
+    y, out = mixer(x, ctx.replace(hooks=(*probes, Hook("one", "weights", heads=(2,)))))
+    np.testing.assert_allclose(y, plain, atol=1e-6)
+    assert set(out.records) == {f"see {what}" for what in la.HOOKS} | {"one"}
+    assert out.records["see weights"].shape == (B, H, T, T)
+    np.testing.assert_array_equal(
+        out.records["one"], out.records["see weights"][:, 2:3]
+    )
+    # Silencing every head silences the mixer, in the full pass and while decoding.
+    off = ctx.replace(
+        hooks=(Hook("off", "heads", action="scale"),), interventions={"off": 0.0}
+    )
+    assert not np.any(mixer(x, off)[0])
+    assert not np.any(mixer.step(x, mixer.init_state(B, T), off)[0])
+
+
+def test_a_step_has_no_weights_to_hook():
+    mixer = la.Mixer(la.Config(), DIMS, rngs=nnx.Rngs(3))
+    x, ctx = request(hooks=(Hook("w", "weights"),))
+    with pytest.raises(UserError, match="linear_attention: unknown hook 'weights'"):
+        mixer.step(x, mixer.init_state(B, T), ctx)
