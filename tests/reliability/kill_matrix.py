@@ -13,6 +13,7 @@ those of the run that was left alone.
 import argparse
 import collections
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -37,7 +38,6 @@ class Kill:
         phase: the phase the run was in when it died.
         step: newest step in metrics.jsonl then.
         saved: newest checkpoint then, -1 for none.
-        resumed: step that the next process went on from.
     """
 
     run: str
@@ -45,7 +45,6 @@ class Kill:
     phase: str
     step: int
     saved: int
-    resumed: int | None = None
 
 
 @dataclasses.dataclass
@@ -139,6 +138,10 @@ def _check(bench, run: str, kills: list[Kill]) -> list[str]:
     if code != 0:
         return [f"{run}: ended with {code}: {bench.log(run)[-2000:]}"]
     problems = tiny_run.differences(bench.folder / "alone", bench.folder / run)
+    manifest = json.loads((bench.folder / run / "manifest.json").read_text())
+    starts = [start["step"] for start in manifest["starts"]]
+    if starts != sorted(starts):
+        problems.append(f"a start went back behind an earlier one: {starts}")
     return [f"{run}: {problem}" for problem in problems]
 
 
@@ -175,7 +178,8 @@ def table(result: Result, *, command: str) -> str:
         f"{tiny_run.STEPS} steps).",
         "- Compared bit for bit with the run left alone: every array of the last "
         "checkpoint (parameters, optimizer, average, step, health), its meta, every "
-        "line of metrics.jsonl without `time`, summary.json without `time`.",
+        "line of metrics.jsonl without `time`, summary.json without `time`. No start "
+        "went back behind an earlier one.",
         f"- Different: {len(result.problems)}.",
         *(f"  - {problem}" for problem in result.problems),
         "",
