@@ -1,0 +1,134 @@
+"""Generation through the state equals the full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core import schema
+from attnjax.core.context import Context
+from attnjax.core.errors import UserError
+from attnjax.decoding.generation import generate, pad_left
+from attnjax.decoding.sampling import Sampler
+from attnjax.models import lm
+
+GREEDY = Sampler(temperature=0.0)
+VOCAB = 13
+
+
+def make(**changes):
+    """A small model with large weights, so that its greedy choices are clear."""
+    given = {
+        "layers": "attention linear_attention",
+        "num_layers": 2,
+        "embed_dim": 24,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "max_len": 32,
+        "init_std": 0.3,
+        **changes,
+    }
+    model = lm.LM(schema.build(lm.Config, lm.resolve(given)), VOCAB)
+    return model, *jax.jit(model.init)(3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+def full_logits(model, params, buffers, ids) -> np.ndarray:
+    tokens = jnp.asarray([ids], jnp.int32)
+    ctx = Context(positions=jnp.arange(len(ids))[None])
+    hidden, _ = model.hidden(params, buffers, tokens, ctx)
+    return np.asarray(model.logits(params, hidden)[0])
+
+
+def greedy_by_full_passes(model, params, buffers, prompt, count) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(full_logits(model, params, buffers, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_decoding_equals_full_passes(model):
+    lm_, params, buffers = model
+    prompt = [1, 5, 2, 7]
+    expected = greedy_by_full_passes(lm_, params, buffers, prompt, 7)
+    arrays = lm_.unstack(params, buffers)
+    (got,) = generate(lm_, arrays, [prompt], max_new_tokens=7, sampler=GREEDY)
+    assert got == expected
+    assert len(set(got)) > 1
+
+
+def test_logits_of_random_cuts_equal_the_full_pass(model):
+    lm_, params, buffers = model
+    ids = np.random.default_rng(0).integers(0, VOCAB, 11)
+    expected = full_logits(lm_, params, buffers, ids)
+    arrays = lm_.unstack(params, buffers)
+    states, at, got = lm_.init_state(arrays, 1, 11), 0, []
+    for size in (3, 1, 5, 1, 1):
+        tokens = jnp.asarray(ids[None, at : at + size], jnp.int32)
+        ctx = Context(positions=at + jnp.arange(size)[None])
+        hidden, states = lm_.step(arrays, states, tokens, ctx)
+        got.append(np.asarray(lm_.logits(arrays["ends"], hidden[0])))
+        at += size
+    np.testing.assert_allclose(np.concatenate(got), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_padded_prompts_give_what_each_gives_alone(positions):
+    lm_, params, buffers = make(positions=positions)
+    arrays = lm_.unstack(params, buffers)
+    prompts = [[1, 5, 2, 7, 3], [4, 6]]
+    options = {"max_new_tokens": 5, "sampler": GREEDY}
+    together = generate(lm_, arrays, prompts, **options)
+    alone = [generate(lm_, arrays, [p], **options)[0] for p in prompts]
+    assert together == alone
+
+
+def test_more_tokens_than_one_dispatch(model):
+    lm_, params, buffers = model
+    arrays = lm_.unstack(params, buffers)
+    options = {"sampler": Sampler(), "seed": 4}
+    (long,) = generate(lm_, arrays, [[1]], max_new_tokens=37, **options)
+    (short,) = generate(lm_, arrays, [[1]], max_new_tokens=9, **options)
+    assert len(long) == 37
+    assert long[:9] == short
+
+
+def test_rows_and_seeds_draw_differently(model):
+    lm_, params, buffers = model
+    arrays = lm_.unstack(params, buffers)
+    first, second = generate(
+        lm_, arrays, [[1], [1]], max_new_tokens=12, sampler=Sampler(2.0)
+    )
+    assert first != second
+
+
+def test_a_row_ends_at_the_stop_token(model):
+    lm_, params, buffers = model
+    arrays = lm_.unstack(params, buffers)
+    options = {"max_new_tokens": 12, "sampler": GREEDY}
+    (whole,) = generate(lm_, arrays, [[1, 5]], **options)
+    stop = whole[4]
+    (cut,) = generate(lm_, arrays, [[1, 5]], stop_token=stop, **options)
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_padding_is_on_the_left():
+    tokens, segments = pad_left([[1, 2, 3], [4]])
+    assert tokens.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert segments.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_empty_prompts_are_refused(model):
+    with pytest.raises(UserError, match="needs at least one token"):
+        generate(model[0], {}, [[]], max_new_tokens=2, sampler=GREEDY)
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    lm_, params, buffers = make(positions="learned")
+    arrays = lm_.unstack(params, buffers)
+    with pytest.raises(UserError, match=r"3 \+ 30 > config.model.max_len=32"):
+        generate(lm_, arrays, [[1, 2, 3]], max_new_tokens=30, sampler=GREEDY)
