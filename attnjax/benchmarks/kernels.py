@@ -1,0 +1,263 @@
+"""Attention on this machine: `kernels.attention` against other libraries' and itself.
+
+Each case is one computation, forward and backward, by several programs that take
+turns. Against other libraries the ratio is their time over ours; a variant of ours
+is compared with our plain causal form of the same shape.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnjax import kernels
+from attnjax.benchmarks import machine, tables, timing
+from attnjax.core.errors import UserError
+
+OURS = "attnjax"
+CAUSAL = kernels.AttentionSpec(mask=kernels.Causal())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a case: batch, length, heads, kv heads, head dim (float32)."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the comparison.
+
+    Attributes:
+        name: what is computed; `--filter` matches "name/program".
+        shape: its sizes.
+        programs: by name, (q, k, v) -> output; the first is what the others are
+            compared with.
+        rounds: rounds of the measurement.
+        calls: calls of a program in its turn.
+    """
+
+    name: str
+    shape: Shape
+    programs: dict[str, Callable[..., jax.Array]]
+    rounds: int
+    calls: int
+
+
+def attend(spec: kernels.AttentionSpec, operands=None) -> Callable[..., jax.Array]:
+    """`kernels.attention` of a spec as a function of q, k and v."""
+    return lambda q, k, v: kernels.attention(q, k, v, spec, operands)
+
+
+def jax_nn(q, k, v):
+    """`jax.nn.dot_product_attention`, its default implementation."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def flax_nnx(q, k, v):
+    """`flax.nnx.dot_product_attention` with a causal mask."""
+    return nnx.dot_product_attention(q, k, v, mask=_triangle(q)[None, None])
+
+
+def plain_dense(q, k, v):
+    """The fastest dense form we know: heads first, mask added, jax's own gradient."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    mask = jnp.where(_triangle(q.swapaxes(1, 2)), 0, -1e30)
+    return (jax.nn.softmax(q @ k.mT + mask) @ v).swapaxes(1, 2)
+
+
+def _triangle(q: jax.Array) -> jax.Array:
+    return jnp.tri(q.shape[1], dtype=bool)
+
+
+PEERS = {"jax.nn": jax_nn, "flax.nnx": flax_nnx, "plain dense": plain_dense}
+SMALL = (Shape(12, 64, 4, 4, 32), Shape(12, 128, 4, 4, 32), Shape(4, 256, 8, 8, 64))
+LARGE = tuple(Shape(1, length, 8, 8, 64) for length in (1024, 2048, 4096))
+
+
+def against_peers(shape: Shape, *, rounds: int = 7, calls: int = 1) -> Case:
+    """Causal attention by us and by others."""
+    programs = {OURS: attend(CAUSAL), **PEERS}
+    name = f"causal B{shape.batch} T{shape.length} H{shape.heads} D{shape.dim}"
+    return Case(name, shape, programs, rounds, calls)
+
+
+def variants(length: int, *, rounds: int = 9, calls: int = 1) -> Case:
+    """Our variants against our plain causal form."""
+    shape = Shape(1, length, 8, 8, 64)
+    heads = jnp.linspace(0.5, 0.01, shape.heads)
+    ids = jnp.arange(length, dtype=jnp.int32)[None] // (length // 8) + 1
+    packed = {"q_segment_ids": ids, "k_segment_ids": ids}
+    spec = functools.partial(dataclasses.replace, CAUSAL)
+    window = kernels.SlidingWindow(255)
+    programs = {
+        "causal": attend(CAUSAL),
+        "window of 256": attend(spec(mask=window)),
+        "packed, 8 documents": attend(
+            spec(mask=kernels.Causal() & kernels.Segments()), packed
+        ),
+        "ALiBi": attend(spec(score=kernels.ALiBi()), {"alibi_slopes": heads}),
+        "soft cap": attend(spec(score=kernels.SoftCap(30.0))),
+        "learned sink": attend(
+            spec(weight_map=kernels.Softmax(sink="logit")), {"sink": heads}
+        ),
+        "sigmoid": attend(spec(weight_map=kernels.Sigmoid(-float(np.log(length))))),
+    }
+    return Case(f"variants T{length}", shape, programs, rounds, calls)
+
+
+def all_cases() -> list[Case]:
+    """Every case of `python -m attnjax.bench kernels`."""
+    small = [against_peers(shape, rounds=25, calls=20) for shape in SMALL]
+    large = [against_peers(shape) for shape in LARGE]
+    return [*small, *large, variants(4096)]
+
+
+def run(
+    pattern: str | None = None, *, cases: list[Case] | None = None
+) -> dict[str, Any]:
+    """Measure the cases whose "name/program" matches `pattern`.
+
+    A case's first program is always measured: it is what the others are compared to.
+
+    Returns:
+        "machine", "load" (programs running before we started) and "rows": per program
+        of a case "case", "program", "forward_ms" and "train_ms" (forward and
+        backward), "train_cpu_ms" (processor time), "temporary_bytes" of forward and
+        backward, "time_ratio" (train time over the first program's, the median of
+        paired rounds) with its 95 % interval "ratio_low", "ratio_high", and
+        "memory_ratio" (temporary bytes over the first program's).
+
+    Raises:
+        UserError: when the pattern matches nothing.
+    """
+    load = timing.load_average()
+    chosen = _matching(pattern, all_cases() if cases is None else cases)
+    rows = [row for case in chosen for row in _measure(case)]
+    return {
+        "benchmark": "kernels",
+        "machine": machine.describe(),
+        "load": load,
+        "rows": rows,
+    }
+
+
+def _matching(pattern: str | None, cases: list[Case]) -> list[Case]:
+    kept = []
+    for case in cases:
+        wanted = re.compile(pattern or "")
+        hits = [p for p in case.programs if wanted.search(f"{case.name}/{p}")]
+        if hits:
+            names = dict.fromkeys([next(iter(case.programs)), *hits])
+            programs = {name: case.programs[name] for name in names}
+            kept.append(dataclasses.replace(case, programs=programs))
+    if not kept:
+        names = ", ".join(case.name for case in cases)
+        raise UserError(
+            f"bench kernels: --filter matches nothing; got {pattern!r}. Cases: {names}."
+        )
+    return kept
+
+
+def _measure(case: Case) -> list[dict[str, Any]]:
+    """The rows of one case."""
+    arrays = _arrays(case.shape)
+    forward, train, scratch = {}, {}, {}
+    for name, program in case.programs.items():
+        forward[name] = _runner(
+            jax.jit(program).lower(*arrays[:3]).compile(), arrays[:3]
+        )
+        compiled = jax.jit(_with_gradients(program)).lower(*arrays).compile()
+        train[name] = _runner(compiled, arrays)
+        scratch[name] = int(compiled.memory_analysis().temp_size_in_bytes)
+    turns = {"rounds": case.rounds, "calls": case.calls}
+    forward_times = timing.interleave(forward, **turns)
+    train_times = timing.interleave(train, **turns)
+    first = next(iter(case.programs))
+    rows = []
+    for name in case.programs:
+        ratio = timing.ratio(train_times[name].wall, train_times[first].wall)
+        rows.append(
+            {
+                "case": case.name,
+                "program": name,
+                "forward_ms": 1e3 * forward_times[name].median,
+                "train_ms": 1e3 * train_times[name].median,
+                "train_cpu_ms": 1e3 * float(np.median(train_times[name].cpu)),
+                "temporary_bytes": scratch[name],
+                "time_ratio": ratio.median,
+                "ratio_low": ratio.low,
+                "ratio_high": ratio.high,
+                "memory_ratio": scratch[name] / max(1, scratch[first]),
+            }
+        )
+    return rows
+
+
+def _arrays(shape: Shape) -> list[jax.Array]:
+    """q, k, v and the output's cotangent."""
+    rng = np.random.default_rng(0)
+    sizes = [shape.heads, shape.kv_heads, shape.kv_heads, shape.heads]
+    return [
+        jnp.asarray(
+            rng.normal(size=(shape.batch, shape.length, n, shape.dim)), "float32"
+        )
+        for n in sizes
+    ]
+
+
+def _with_gradients(program: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(q, k, v, cotangent) -> gradients of q, k and v."""
+
+    def gradients(q, k, v, cotangent):
+        return jax.vjp(program, q, k, v)[1](cotangent)
+
+    return gradients
+
+
+def _runner(compiled, arrays) -> Callable[[int], None]:
+    """A function that makes n calls and waits for the last."""
+
+    def repeat(count: int) -> None:
+        for _ in range(count):
+            out = compiled(*arrays)
+        jax.block_until_ready(out)
+
+    return repeat
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report as text: machine, then one table a case."""
+    print(machine.line(report["machine"]))
+    print("x: fwd+bwd time over the case's first program's, in the same rounds")
+    cases = dict.fromkeys(row["case"] for row in report["rows"])
+    for case in cases:
+        rows = [row for row in report["rows"] if row["case"] == case]
+        tables.show(
+            (case, "fwd ms", "fwd+bwd ms", "cpu ms", "x", "95 % interval", "temp MiB"),
+            [_cells(row) for row in rows],
+        )
+    timing.print_load(report["load"])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["program"],
+        f"{row['forward_ms']:.2f}",
+        f"{row['train_ms']:.2f}",
+        f"{row['train_cpu_ms']:.2f}",
+        f"{row['time_ratio']:.2f}",
+        f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
+        f"{row['temporary_bytes'] / 2**20:.1f}",
+    )
