@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from attnjax.conformance.suite import Result, run
+from attnjax.conformance.suite import Result, cases, run
 from attnjax.core import discovery
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
@@ -43,6 +43,12 @@ def main(argv: list[str]) -> int:
     for name in names:
         print(name, flush=True)
         report = run(name, only=lambda case: bool(wanted.search(case)), told=_say)
+        if not report.results and named != "all":
+            known = ", ".join(case.id for case in cases(discovery.find(name)))
+            raise UserError(
+                f"--case: matches no case of {report.name}; got {flags.case!r}. "
+                f"Its cases: {known}."
+            )
         print(str(report).splitlines()[-1], flush=True)
         failed += [] if report.passed else [report.name]
     if failed and len(names) > 1:
