@@ -75,17 +75,32 @@ class StopSignal:
         """Let a request to stop raise StopRequested, now or at any point inside.
 
         For phases that look at no flag and have nothing to lose, such as compiling.
+        Nothing but StopRequested (or a KeyboardInterrupt) comes out after a request,
+        whatever the code inside made of the exception: extension modules turn one
+        that is raised while they are imported into an ImportError, and finalisers
+        swallow it.
+
         An interrupted compilation goes on in a thread of XLA's which cannot be
         stopped: leave the process with `leave`, since unwinding the interpreter under
         that thread crashes.
         """
         self._interrupting = True
         try:
-            if self._requested is not None:
-                raise StopRequested(self._requested)
+            self._raise_if_requested()
             yield
+            self._raise_if_requested()
+        except (StopRequested, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if self._requested is None:
+                raise
+            raise StopRequested(self._requested) from error
         finally:
             self._interrupting = False
+
+    def _raise_if_requested(self) -> None:
+        if self._requested is not None:
+            raise StopRequested(self._requested)
 
     def _handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name

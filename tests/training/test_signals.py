@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,6 +61,38 @@ def test_a_signal_raises_inside_a_phase_that_looks_at_no_flag(capfd):
         send("SIGTERM")  # outside, and the second: only a flag
         with pytest.raises(StopRequested), stop.interrupting():
             raise AssertionError("not reached: the request came before")
+
+
+def test_a_request_that_was_turned_into_another_error_is_still_a_request(capfd):
+    with (
+        StopSignal() as stop,
+        pytest.raises(StopRequested, match="SIGTERM"),
+        stop.interrupting(),
+    ):
+        try:
+            send("SIGTERM")
+        except StopRequested as error:
+            raise ImportError("as an extension module says it") from error
+
+
+def test_a_request_that_was_swallowed_is_raised_at_the_end(capfd):
+    with (
+        StopSignal() as stop,
+        pytest.raises(StopRequested, match="SIGTERM"),
+        stop.interrupting(),
+        contextlib.suppress(StopRequested),
+    ):
+        send("SIGTERM")
+
+
+def test_errors_without_a_request_and_second_sigints_come_out_as_they_are(capfd):
+    with StopSignal() as stop:
+        with pytest.raises(ImportError), stop.interrupting():
+            raise ImportError
+        with pytest.raises(KeyboardInterrupt), stop.interrupting():
+            with contextlib.suppress(StopRequested):
+                send("SIGTERM")
+            send("SIGINT")
 
 
 def test_other_threads_are_refused():
