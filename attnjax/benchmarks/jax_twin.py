@@ -22,7 +22,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """x [B, T, I] times [I, O], with rows merged so that the gradient is one product."""
+    """x [B, T, I] times [I, O]; rows merged, so that its gradient is one product."""
     rows = x.reshape(-1, x.shape[-1]) @ matrix
     return rows.reshape(*x.shape[:-1], matrix.shape[-1])
 

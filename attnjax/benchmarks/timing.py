@@ -87,3 +87,12 @@ def ratio(
 def load_average() -> float | None:
     """Programs running on this machine over the last minute; None where unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def print_load(load: float | None) -> None:
+    """Warn when other programs were running at the start of a measurement."""
+    if load is not None and load > 0.5:
+        print(
+            f"note: {load:.1f} other programs were running at the start; times are "
+            "theirs too. Processor time and ratios suffer less."
+        )

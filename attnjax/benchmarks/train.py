@@ -7,14 +7,13 @@ computation.
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.benchmarks import jax_twin, machine, recipe, timing, torch_twin
+from attnjax.benchmarks import jax_twin, machine, recipe, tables, timing, torch_twin
 from attnjax.core import schema
 from attnjax.core.errors import UserError
 from attnjax.training import experiment, optimizers
@@ -119,8 +118,8 @@ def run(
         "recipe", "machine", "load" (programs running before we started), "skipped"
         ({program: reason}), "losses" (first steps, by program), "compiled" (FLOPs and
         bytes of the two compiled steps and their ratios), and "rows": per program
-        "ms", "cpu_ms", "tokens_per_second", and "speed" (its tokens per second are
-        this many times less than ours, with "speed_low" and "speed_high").
+        "ms", "cpu_ms", "tokens_per_second", and "time_ratio" (its time over ours, the
+        median of paired rounds) with the 95 % interval "ratio_low", "ratio_high".
 
     Raises:
         UserError: when the pattern matches no program.
@@ -202,9 +201,9 @@ def _row(name: str, samples: dict, sizes: recipe.Recipe) -> dict[str, Any]:
         "ms": 1e3 * mine.median,
         "cpu_ms": 1e3 * float(np.median(mine.cpu)),
         "tokens_per_second": sizes.tokens / mine.median,
-        "speed": against.median,
-        "speed_low": against.low,
-        "speed_high": against.high,
+        "time_ratio": against.median,
+        "ratio_low": against.low,
+        "ratio_high": against.high,
     }
 
 
@@ -222,32 +221,36 @@ def _batch(ids: np.ndarray) -> dict[str, np.ndarray]:
     return {name: array[None] for name, array in batch.items()}
 
 
-def print_report(report: dict[str, Any], write: Callable[[str], None] = print) -> None:
-    """The report as text: machine, table, compiled sizes."""
+def print_report(report: dict[str, Any]) -> None:
+    """The report as text: machine, table, what is missing, compiled sizes."""
     sizes = report["recipe"]
-    write(machine.line(report["machine"]))
-    write(
+    print(machine.line(report["machine"]))
+    print(
         f"{sizes['num_layers']} layers, {sizes['num_heads']} heads, width "
-        f"{sizes['embed_dim']}, {sizes['batch_size']} x {sizes['seq_len']} tokens a step"
+        f"{sizes['embed_dim']}, {sizes['batch_size']} x {sizes['seq_len']} tokens "
+        "a step"
     )
-    write(f"{'program':<15}{'ms/step':>9}{'cpu ms':>9}{'tokens/s':>10}  our speed-up")
-    for row in report["rows"]:
-        interval = f"{row['speed_low']:.2f} to {row['speed_high']:.2f}"
-        write(
-            f"{row['program']:<15}{row['ms']:>9.1f}{row['cpu_ms']:>9.1f}"
-            f"{row['tokens_per_second']:>10,.0f}  {row['speed']:.2f}x ({interval})"
-        )
+    tables.show(
+        ("program", "ms/step", "cpu ms", "tokens/s", "time over ours", "95 % interval"),
+        [_cells(row) for row in report["rows"]],
+    )
     for name, reason in report["skipped"].items():
-        write(f"{name:<15}skipped: {reason}")
+        print(f"{name} skipped: {reason}")
     if report["compiled"]:
         ratios = report["compiled"]["ratio"]
-        write(
+        print(
             f"compiled step over the hand-written one: FLOPs {ratios['flops']:.4f}, "
             f"temporary bytes {ratios['temporary_bytes']:.4f}"
         )
-    cores = report["machine"]["cores"]
-    if report["load"] is not None and report["load"] > 0.5:
-        write(
-            f"note: {report['load']:.1f} other programs were running on {cores} cores; "
-            "times are theirs too, ratios less so"
-        )
+    timing.print_load(report["load"])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["program"],
+        f"{row['ms']:.1f}",
+        f"{row['cpu_ms']:.1f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['time_ratio']:.3f}",
+        f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+    )

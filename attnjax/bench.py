@@ -1,0 +1,81 @@
+"""Measurements: python -m attnjax.bench kernels|mixers|train [--filter RE]."""
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from attnjax.benchmarks import machine
+from attnjax.core.cli import run_main
+from attnjax.core.errors import UserError
+from attnjax.core.flags import parse_command_line, positional
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Measure speed on this machine.
+
+    Attributes:
+        what: kernels (attention against the implementations of other libraries),
+            mixers (every mechanism against plain attention), or train (a training
+            step against PyTorch and against plain JAX).
+        filter: regular expression of the rows to measure (none: all).
+        json: a file for the results with machine and versions (none: the table
+            alone).
+    """
+
+    what: Literal["kernels", "mixers", "train"] = positional()
+    filter: str | None = None
+    json: str | None = None
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    flags = parse_command_line(
+        argv, Flags, program="attnjax.bench", config=False, overrides=False
+    ).flags
+    _check_filter(flags.filter)
+    out = None if flags.json is None else _writable(Path(flags.json))
+    report = measure(flags.what, flags.filter)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+
+
+def measure(what: str, pattern: str | None) -> dict[str, Any]:
+    """Run one of the benchmarks, print its table, return its results."""
+    module = importlib.import_module(f"attnjax.benchmarks.{what}")
+    if what != "kernels":
+        report = module.run(pattern)
+        module.print_report(report)
+        return report
+    rows = module.run(pattern)
+    if not rows:
+        raise UserError(f"bench kernels: --filter matches no row; got {pattern!r}.")
+    module.print_table(rows)
+    return {"benchmark": what, "machine": machine.describe(), "rows": rows}
+
+
+def _check_filter(pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise UserError(
+            f"bench: --filter must be a regular expression; got {pattern!r} ({error})."
+        ) from error
+
+
+def _writable(path: Path) -> Path:
+    """The path, known to be writable before minutes are spent measuring."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise UserError(f"bench: --json must be a file; got the directory {path}.")
+    with path.open("a", encoding="utf-8"):
+        pass
+    return path
+
+
+if __name__ == "__main__":
+    run_main(main)
