@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from attnjax.benchmarks import machine
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
 from attnjax.core.flags import parse_command_line, positional
@@ -47,15 +46,9 @@ def main(argv: list[str]) -> None:
 def measure(what: str, pattern: str | None) -> dict[str, Any]:
     """Run one of the benchmarks, print its table, return its results."""
     module = importlib.import_module(f"attnjax.benchmarks.{what}")
-    if what != "kernels":
-        report = module.run(pattern)
-        module.print_report(report)
-        return report
-    rows = module.run(pattern)
-    if not rows:
-        raise UserError(f"bench kernels: --filter matches no row; got {pattern!r}.")
-    module.print_table(rows)
-    return {"benchmark": what, "machine": machine.describe(), "rows": rows}
+    report = module.run(pattern)
+    module.print_report(report)
+    return report
 
 
 def _check_filter(pattern: str | None) -> None:
