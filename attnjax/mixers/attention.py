@@ -137,7 +137,9 @@ def reference(
     return jnp.einsum("bhts,bshe->bthe", weights, value)
 
 
-# Every layer has these probes beside those of its output options.
+# Every layer has these probes beside those of its output options: x; query and key
+# with their norm, before positions; value; scores and weights [B, H, T, S]; the heads
+# [B, T, H, E] after the output options; y.
 HOOKS = ("input", "query", "key", "value", "scores", "weights", "heads", "output")
 
 
