@@ -332,3 +332,10 @@ def test_a_disk_that_cannot_be_written_is_one_line(tiny, tmp_path, options, word
     assert last.startswith("error: ")
     assert words in last
     assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_does_not_claim_the_run_directory(told, tiny, run_door, tmp_path):
+    words = ["--config", tiny, "--workdir", tmp_path / "run"]
+    told(train.main, *words, "--config.train.batch_size=9")
+    code, _, err = run_door(train.main, *words)
+    assert code == 0, err
