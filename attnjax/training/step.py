@@ -12,6 +12,7 @@ State is a dict of plain arrays:
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -123,17 +124,51 @@ def make_step(recipe: Recipe):
 
 
 def make_dispatch(recipe: Recipe):
-    """(state, batches [K, ...]) -> (state, metrics [K]): K steps in one program."""
-    step = make_step(recipe)
+    """(state, batches [K, ...]) -> (state, metrics [K]): K steps in one program.
+
+    On the CPU the results do not depend on K, bit for bit.
+    """
+    step = jax.jit(make_step(recipe))  # a jit of its own: traced once for every use
 
     def dispatch(state: dict, batches: dict) -> tuple[dict, dict]:
-        count = jax.tree.leaves(batches)[0].shape[0]
-        if count == 1:
-            state, metrics = step(state, jax.tree.map(lambda b: b[0], batches))
-            return state, jax.tree.map(lambda m: m[None], metrics)
-        return jax.lax.scan(step, state, batches)
+        return jax.lax.platform_dependent(
+            state,
+            batches,
+            cpu=partial(_dynamic_loop, step),
+            default=partial(jax.lax.scan, step),
+        )
 
     return dispatch
+
+
+def _dynamic_loop(step, state: dict, batches: dict) -> tuple[dict, dict]:
+    """A scan of `step` whose numbers are those of any other number of batches.
+
+    XLA inlines a loop of known length 1, and a cut from an array of length 1 is none;
+    either way sums are fused, hence rounded, otherwise than in a longer loop. So the
+    length is made to look dynamic, and a single batch is stored twice. Accelerators,
+    which read a dynamic length back to the host before each turn, take the scan.
+    """
+    count = jax.tree.leaves(batches)[0].shape[0]
+    if count == 1:
+        batches = jax.tree.map(lambda b: jnp.concatenate([b, b]), batches)
+
+    def batch(index):
+        return jax.tree.map(
+            lambda b: jax.lax.dynamic_index_in_dim(b, index, keepdims=False), batches
+        )
+
+    def body(index, carry):
+        state, rows = carry
+        state, row = step(state, batch(index))
+        return state, jax.tree.map(lambda r, value: r.at[index].set(value), rows, row)
+
+    _, row = jax.eval_shape(step, state, jax.eval_shape(batch, 0))
+    room = max(count, 2)
+    rows = jax.tree.map(lambda r: jnp.zeros((room, *r.shape), r.dtype), row)
+    dynamic = jnp.where(state["step"] >= 0, count, 0)  # it is never negative
+    state, rows = jax.lax.fori_loop(0, dynamic, body, (state, rows))
+    return state, jax.tree.map(lambda r: r[:count], rows)
 
 
 def _gradients(recipe: Recipe, state: dict, batch: dict, prng_key):
