@@ -55,10 +55,14 @@ def packed(ids):
     return {"q_segment_ids": ids, "k_segment_ids": ids}
 
 
-def test_vmap_over_batched_and_shared_arrays():
+either_form = pytest.mark.parametrize("form", [attend, tiled], ids=["one", "tiled"])
+
+
+@either_form
+def test_vmap_over_batched_and_shared_arrays(form):
     q, k, v = qkv()
     many = jnp.stack([q, 2 * q, -q])
-    got = jax.vmap(lambda q: grads(tiled, q, k, v))(many)
+    got = jax.jit(jax.vmap(lambda q: grads(form, q, k, v)))(many)
     close(got, jax.lax.map(lambda q: grads(exact, q, k, v), many))
 
 
@@ -73,17 +77,20 @@ def test_vmap_over_traced_segments():
     close(got, jax.lax.map(lambda ids: run(exact, ids), ids))
 
 
-def test_scan_and_checkpoint():
+@either_form
+@pytest.mark.parametrize("policy", [None, "dots_saveable"])
+def test_scan_and_checkpoint(form, policy):
     q, k, v = qkv()
+    policy = policy and getattr(jax.checkpoint_policies, policy)
 
     def stack(form):
-        @functools.partial(jax.checkpoint, prevent_cse=False)
+        @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
         def layer(x, w):
             return x + form(x * w, k, v), None
 
         return jax.jit(jax.grad(lambda q: jax.lax.scan(layer, q, W)[0].sum()))
 
-    close(stack(tiled)(q), stack(exact)(q), atol=1e-5)
+    close(stack(form)(q), stack(exact)(q), atol=1e-5)
 
 
 W = jnp.array([0.5, 1.0, 2.0])
