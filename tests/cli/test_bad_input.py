@@ -311,27 +311,21 @@ def test_a_shell_sees_exit_2_and_one_line(tiny, tmp_path):
     assert done.stderr.startswith("error: config.optim: unknown key 'lerning_rate'.")
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [("size=64k", "no space left on the disk"), ("ro", "the file system is read-only")],
-    ids=["full", "read-only"],
-)
-def test_a_disk_that_cannot_be_written_is_one_line(tiny, tmp_path, options, words):
+def test_a_read_only_disk_is_one_line(tiny, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["unshare", "--mount", "--propagation=private", "bash", "-c"]
-    script = f'mount -t tmpfs -o {options} tmpfs {disk} && exec "$@"'
-    before = [*mount, script, "with-disk"]
+    script = f'mount -t tmpfs -o ro tmpfs {disk} && exec "$@"'
     if subprocess.run([*mount, script, "x", "true"], capture_output=True).returncode:
         pytest.skip("mounting a file system needs rights that this user lacks")
     done = shell(
-        *("attnjax.train", "--config", tiny, "--workdir", disk / "run"), before=before
+        *("attnjax.train", "--config", tiny, "--workdir", disk / "run"),
+        before=[*mount, script, "with-disk"],
     )
     assert done.returncode == 2, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert words in last
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "the file system is read-only" in done.stderr
 
 
 def test_a_mistake_does_not_claim_the_run_directory(told, tiny, run_door, tmp_path):
