@@ -100,7 +100,7 @@ def _stop(bench, run: str, phase: str, name: str, rng) -> Stop:
     phase = tiny_run.phase(folder)
     at, begin = tiny_run.last_step(folder), time.perf_counter()
     process.send_signal(getattr(signal, name))
-    code = process.wait(timeout=300)
+    code = process.wait(timeout=tiny_run.PATIENCE)
     seconds = time.perf_counter() - begin
     steps = tiny_run.last_step(folder) - at
     told = bench.log(run)[before:]

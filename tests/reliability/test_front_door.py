@@ -26,7 +26,9 @@ def bench(tmp_path_factory):
 def run(bench, name, *words):
     """Run the command with more words; (exit code, what this process printed)."""
     before = len(bench.log(name))
-    code = bench.start(name, [*bench.command(name), *words]).wait(timeout=300)
+    code = bench.start(name, [*bench.command(name), *words]).wait(
+        timeout=tiny_run.PATIENCE
+    )
     return code, bench.log(name)[before:].strip()
 
 
@@ -35,7 +37,7 @@ def test_a_second_process_is_refused_and_the_first_goes_on(bench):
     lock = bench.folder / "busy" / ".lock"
     tiny_run.wait_for(lambda: lock.exists() and lock.stat().st_size, process=first)
     code, told = run(bench, "busy")
-    assert first.wait(timeout=300) == 0
+    assert first.wait(timeout=tiny_run.PATIENCE) == 0
     assert code == 2
     assert f"is in use by another process (process {first.pid} on" in told
     code, told = run(bench, "busy")
@@ -61,7 +63,9 @@ def test_a_killed_run_resumes_from_its_directory_alone(bench):
     process.kill()
     process.wait()
     front = bench.command("alone")[:3]
-    code = bench.start("alone", [*front, "--workdir", str(folder)]).wait(timeout=300)
+    code = bench.start("alone", [*front, "--workdir", str(folder)]).wait(
+        timeout=tiny_run.PATIENCE
+    )
     assert code == 0, bench.log("alone")
     assert "resuming from step" in bench.log("alone")
     assert tiny_run.differences(bench.folder / "done", folder) == []

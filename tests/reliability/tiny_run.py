@@ -25,6 +25,8 @@ from attnjax.training.checkpoint_reader import CheckpointReader  # noqa: E402
 STEPS = 400
 SAVE_EVERY = 70
 EVAL_EVERY = 100
+# Seconds that one process may take: ten on a quiet machine, minutes on a busy one.
+PATIENCE = 1800
 OPTIONS = {
     "model.num_layers": 2,
     "model.embed_dim": 32,
@@ -120,9 +122,13 @@ class Bench:
                 preexec_fn=self._use_cores if self.cores else None,
             )
 
-    def finish(self, run: str, *, limit: float = 600) -> int:
+    def finish(self, run: str, *, limit: float = PATIENCE) -> int:
         """Start a process of a run and wait for its end; its exit code."""
-        return self.start(run).wait(timeout=limit)
+        process = self.start(run)
+        try:
+            return process.wait(timeout=limit)
+        finally:
+            process.kill()
 
     def log(self, run: str) -> str:
         """Everything the processes of a run have printed."""
@@ -193,7 +199,7 @@ def differences(left: Path, right: Path) -> list[str]:
     return found
 
 
-def wait_for(condition, *, process: subprocess.Popen, limit: float = 300) -> bool:
+def wait_for(condition, *, process: subprocess.Popen, limit: float = PATIENCE) -> bool:
     """Poll until `condition()`; False when the process ends first.
 
     Raises:
@@ -204,6 +210,7 @@ def wait_for(condition, *, process: subprocess.Popen, limit: float = 300) -> boo
         if process.poll() is not None:
             return False
         if time.monotonic() > until:
+            process.kill()
             raise TimeoutError(f"process {process.pid}: nothing for {limit} s")
         time.sleep(0.001)
     return True
