@@ -175,19 +175,21 @@ def test_keys_are_cached_before_rotary_positions():
         np.testing.assert_allclose(state.value[row], out.records["k"][row, index[row]])
 
 
+@pytest.mark.parametrize("length", [1, 3], ids=["token", "chunk"])
 @pytest.mark.parametrize("encoding", ["rope", "alibi"])
-def test_at_cache_positions_output_depends_on_the_cache_alone(encoding):
+def test_at_cache_positions_output_depends_on_the_cache_alone(encoding, length):
     """Neither the absolute time nor the number of forgotten tokens matters."""
     options, dims = ENCODINGS[encoding]
     s = layer(4, 2, dims, **options)
     state = jax.tree.map(np.asarray, fill(s, 18))
-    x, ctx = token(position=18)
-    y, _ = s.step(s.arrays, x, state, ctx)
+    x = np.random.default_rng(8).normal(size=(2, length, C)).astype(np.float32)
+    positions = 18 + np.tile(np.arange(length, dtype=np.int32), (2, 1))
+    y, _ = s.step(s.arrays, x, fill(s, 18), Context(positions=positions))
     # Four million tokens later: 4 divides the shift, so each key has its old place.
     shift = 4_000_000
     moved = np.where(state.index < 2, state.index, state.index + shift)
     state = fill(s, 18)._replace(index=moved, count=np.asarray(state.count) + shift)
-    later = Context(positions=ctx.positions + shift)
+    later = Context(positions=positions + shift)
     same, _ = s.step(s.arrays, x, jax.tree.map(jnp.asarray, state), later)
     np.testing.assert_array_equal(y, same)
 
