@@ -110,8 +110,7 @@ def row_results(
     if sink is None:
         return jnp.where(alive, 1 / safe, 0), lse
     lse = jnp.logaddexp(lse, sink)
-    shift = 0 if top is None else jnp.where(alive, top, -jnp.inf)
-    return jnp.exp(shift - lse), lse
+    return jnp.exp((0 if top is None else top) - lse), lse
 
 
 def sink_gradient(

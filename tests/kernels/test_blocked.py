@@ -1,5 +1,6 @@
 """The blocked form under jax's transformations, at low precision, and its memory."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, block_plan, blocked, reference
@@ -97,31 +99,35 @@ W = jnp.array([0.5, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("name", ["reference", "blocked"])
-def test_shard_map_over_batch_and_heads_with_a_shared_bias(name, monkeypatch):
+def test_shard_map_with_shared_keys_bias_and_segments(name, monkeypatch):
+    """Arrays that are the same on some devices get the sum of their gradients."""
     monkeypatch.setattr(block_plan, "SMALL_TILE", 0)
     monkeypatch.setattr(block_plan, "SMALL_LENGTH", 0)
     monkeypatch.setattr(block_plan, "CANDIDATES", ((16, 16),))
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=auto)
-    parts = jax.sharding.PartitionSpec("data", None, "tensor")
-    heads = jax.sharding.PartitionSpec(None, "tensor")
-    bias = jax.random.normal(jax.random.key(1), (1, H, T, T))
-    spec = AttentionSpec(mask=kernels.Causal(), score=kernels.Bias())
+    parts = P("data", None, "tensor")
+    batch = P("data")
+    spec = dataclasses.replace(PACKED, score=kernels.Bias())
+    q, k, v = qkv()
+    arrays = (q, k[:, :, :1], v[:, :, :1], jax.random.normal(jax.random.key(1), (T, T)))
+    ids = segments(5, 20, 12)[:1]
 
-    def run(q, k, v, bias):
-        operands = {"bias": bias}
-        return kernels.attention(q, k, v, spec, operands, implementation=name)
+    def run(q, k, v, bias, ids, implementation=name):
+        operands = packed(ids) | {"bias": bias[None, None]}
+        options = {"implementation": implementation}
+        return kernels.attention(q, k, v, spec, operands, **options)
 
     def total(q, k, v, bias):
-        specs = (parts, parts, parts, heads)
+        specs = (parts, batch, batch, P(), P())
         run_shard = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=parts)
-        return jnp.sum(jnp.sin(run_shard(q, k, v, bias)))
+        return jnp.sum(jnp.sin(run_shard(q, k, v, bias, ids)))
 
-    def whole(q, k, v, bias):
-        return jnp.sum(jnp.sin(exact(q, k, v, spec, {"bias": bias})))
+    def whole(*arrays):
+        return jnp.sum(jnp.sin(run(*arrays, ids, implementation="reference")))
 
-    got = jax.jit(jax.grad(total, (0, 1, 2, 3)))(*qkv(), bias)
-    close(got, jax.grad(whole, (0, 1, 2, 3))(*qkv(), bias))
+    got = jax.jit(jax.grad(total, (0, 1, 2, 3)))(*arrays)
+    close(got, jax.grad(whole, (0, 1, 2, 3))(*arrays))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
