@@ -156,22 +156,25 @@ class Subject:
     @cached_property
     def layers(self) -> tuple[dict, dict]:
         """(params, buffers) of two layers, stacked, with noise on the parameters."""
-        # Drawn outside jit: the draws of one shape are compiled once for all
-        # mechanisms. That the init can be mapped over layers is traced.
-        jax.eval_shape(jax.vmap(self.init), jax.ShapeDtypeStruct((2,), np.int32))
-        params, buffers = jax.tree.map(
-            lambda *a: np.stack(a), *(self.init(np.int32(i)) for i in range(2))
-        )
-        rng = np.random.default_rng(5)
-        noised = jax.tree.map(
-            lambda p: (p + 0.1 * rng.normal(size=p.shape)).astype(p.dtype), params
-        )
-        return jax.tree.map(jnp.asarray, (noised, buffers))
+        # Drawn outside jit, even where a test first asks inside one: the draws of one
+        # shape are compiled once for all mechanisms. That the init can be mapped over
+        # layers is traced.
+        with jax.ensure_compile_time_eval():
+            jax.eval_shape(jax.vmap(self.init), jax.ShapeDtypeStruct((2,), np.int32))
+            params, buffers = jax.tree.map(
+                lambda *a: np.stack(a), *(self.init(np.int32(i)) for i in range(2))
+            )
+            rng = np.random.default_rng(5)
+            noised = jax.tree.map(
+                lambda p: (p + 0.1 * rng.normal(size=p.shape)).astype(p.dtype), params
+            )
+            return jax.tree.map(jnp.asarray, (noised, buffers))
 
     @cached_property
     def arrays(self) -> tuple[dict, dict]:
         """(params, buffers) of one layer."""
-        return jax.tree.map(lambda a: a[0], self.layers)
+        with jax.ensure_compile_time_eval():
+            return jax.tree.map(lambda a: a[0], self.layers)
 
     # ---- what it does
 

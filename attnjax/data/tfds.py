@@ -177,12 +177,12 @@ def _text_field(builder: Any, config: Config) -> str:
         return "text" if "text" in names else names[0]
     if names:
         raise UserError(
-            f"tfds: one feature must be the text; got {', '.join(names)} in "
+            f"tfds: one feature must be the text; got {', '.join(sorted(names))} in "
             f"{builder.info.name}. Set data.text_field to one of them."
         )
     raise UserError(
         f"tfds: a text data set must have a text feature; got {builder.info.name} with "
-        f"{', '.join(features)}. Use another data set."
+        f"{', '.join(sorted(features))}. Use another data set."
     )
 
 

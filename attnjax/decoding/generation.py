@@ -39,6 +39,7 @@ def generate(
     sampler: Sampler,
     seed: int = 0,
     stop_token: int | None = None,
+    prefix_len: int = 0,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -50,6 +51,8 @@ def generate(
         sampler: how tokens are drawn.
         seed: of the draws; row and step have keys of their own.
         stop_token: a row ends after it; None never ends early.
+        prefix_len: tokens at the start of each prompt that see one another both ways,
+            as in the training of a prefix LM.
 
     Returns:
         The new tokens of each row, without `stop_token`.
@@ -72,9 +75,12 @@ def generate(
     states = model.init_state(arrays, len(prompts), total)
     key = jax.random.key(seed)
     lengths = jnp.asarray(segments.sum(axis=1), jnp.int32)
-    carry = _prefill(
-        model, sampler, arrays, states, jnp.asarray(tokens), jnp.asarray(segments), key
+    ctx = Context(
+        positions=jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0).astype(jnp.int32),
+        segment_ids=jnp.asarray(segments),
+        prefix_len=jnp.full_like(lengths, prefix_len) if prefix_len else None,
     )
+    carry = _prefill(model, sampler, arrays, states, jnp.asarray(tokens), ctx, key)
     columns = [np.asarray(carry[0])[:, None]]
     done = 1
     while done < max_new_tokens:
@@ -95,9 +101,7 @@ def _until(row: list[int], stop_token: int | None) -> list[int]:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _prefill(model, sampler, arrays, states, tokens, segments, key):
-    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0).astype(jnp.int32)
-    ctx = Context(positions=positions, segment_ids=segments)
+def _prefill(model, sampler, arrays, states, tokens, ctx, key):
     hidden, states = model.step(arrays, states, tokens, ctx)
     logits = model.logits(arrays["ends"], hidden[:, -1])
     return draw(logits, sampler, jax.random.fold_in(key, 0)), states

@@ -61,7 +61,13 @@ class LoadedRun:
         """float32 [T, V]: the next-token logits at each token of one sequence."""
         ids = self.encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
         tokens = jnp.asarray([ids], jnp.int32)
-        return np.asarray(_logits(self.model, self.params, self.buffers, tokens)[0])
+        prefix = self.config["task"]["prefix_len"]
+        ctx = Context(
+            positions=jnp.arange(tokens.shape[1])[None],
+            prefix_len=jnp.asarray([prefix]) if prefix else None,
+        )
+        logits = _logits(self.model, self.params, self.buffers, tokens, ctx)
+        return np.asarray(logits[0])
 
     def generate(
         self,
@@ -86,14 +92,14 @@ class LoadedRun:
             sampler=sampler or Sampler(),
             seed=seed,
             stop_token=self.tokenizer.separator,
+            prefix_len=self.config["task"]["prefix_len"],
         )
         return [self.tokenizer.decode(np.asarray(row, np.int64)) for row in rows]
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(model, params, buffers, tokens):
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model.hidden(params, buffers, tokens, Context(positions=positions))
+def _logits(model, params, buffers, tokens, ctx):
+    hidden, _ = model.hidden(params, buffers, tokens, ctx)
     return model.logits(params, hidden)
 
 

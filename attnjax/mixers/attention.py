@@ -367,7 +367,7 @@ class Mixer(nnx.Module):
         operands = {"q_segment_ids": ids, "k_segment_ids": state.segments}
         if ctx.prefix_len is not None:
             operands["prefix_len"] = ctx.prefix_len
-        if reach.reads_positions(ctx, self.reach):
+        if reach.reads_positions(ctx, self.reach, is_step=True):
             operands["q_positions"] = ctx.positions
             operands["k_positions"] = state.positions
         else:
@@ -413,7 +413,9 @@ SPEC = MixerSpec(
         "Time grows with the square of the sequence, the decode state with its length.",
         "A window's keys stay in the decode state; streaming_llm forgets them.",
         "While decoding, a prefix must lie within one step.",
-        "Tokens of one document must stand in order in a packed row.",
+        "Tokens of one document must stand in order in a packed row. In the full pass "
+        "windows and ALiBi count places of the row: padding inside a document, which "
+        "no packer makes, counts as tokens there.",
     ),
     deviations=(
         "Key/value heads may be shared by groups of query heads.",

@@ -21,8 +21,9 @@ class Config:
         z_loss: weight of the mean squared log-normaliser.
         loss_chunk: tokens whose logits exist at one time; 0 lets the size decide
             (chunks of about 16 million logits).
-        prefix_len: tokens at the start of each sequence that see one another both
-            ways (prefix LM) and carry no loss; 0 is plain causal.
+        prefix_len: tokens at the start of each sequence, or of each document where
+            documents do not see one another, that see one another both ways (prefix
+            LM) and carry no loss; 0 is plain causal.
     """
 
     name: Literal["language_modelling"] = "language_modelling"
@@ -63,8 +64,11 @@ class LanguageModelling:
     def _weights(self, batch: dict) -> jax.Array:
         weights = batch["weights"]
         if self.config.prefix_len:
-            inside = jnp.arange(weights.shape[-1]) < self.config.prefix_len
-            weights = jnp.where(inside, 0.0, weights)
+            # Counted as the mask counts it, else a token would see its own target.
+            places = jnp.arange(weights.shape[-1])
+            if self.use_segments:
+                places = batch["positions"]
+            weights = jnp.where(places < self.config.prefix_len, 0.0, weights)
         return weights
 
     def loss(

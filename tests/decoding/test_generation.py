@@ -87,6 +87,28 @@ def test_padded_prompts_give_what_each_gives_alone(positions):
     assert together == alone
 
 
+def test_a_prefix_looks_both_ways():
+    lm_, params, buffers = make(layers="attention", num_layers=2)
+    arrays = lm_.unstack(params, buffers)
+    prompts, prefix = [[1, 5, 2, 7, 3], [4, 6, 6]], 4
+
+    def by_full_passes(prompt, prefix):
+        ids = list(prompt)
+        for _ in range(4):
+            ctx = Context(
+                positions=jnp.arange(len(ids))[None],
+                prefix_len=jnp.asarray([min(prefix, len(prompt))]),
+            )
+            hidden, _ = lm_.hidden(params, buffers, jnp.asarray([ids]), ctx)
+            ids.append(int(lm_.logits(params, hidden)[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+    options = {"max_new_tokens": 4, "sampler": GREEDY}
+    got = generate(lm_, arrays, prompts, prefix_len=prefix, **options)
+    assert got == [by_full_passes(p, prefix) for p in prompts]
+    assert got != generate(lm_, arrays, prompts, **options)
+
+
 def test_more_tokens_than_one_dispatch(model):
     lm_, params, buffers = model
     arrays = lm_.unstack(params, buffers)

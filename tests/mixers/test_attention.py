@@ -20,8 +20,13 @@ from attnjax.mixers import attention
 B, T, C, H, K, D = 2, 13, 20, 6, 3, 4
 DIMS = MixerDims(embed_dim=C, num_heads=H, num_kv_heads=K, head_dim=D, init_std=0.4)
 ROPE = dataclasses.replace(DIMS, rope=nn.Rope(theta=30.0), qk_norm=True)
-# Padding in front, inside a document, between documents and at the end.
+# Padding in front, between documents and at the end.
 SEGMENTS = np.array(
+    [[1, 1, 1, 1, 0, 2, 2, 2, 3, 3, 3, 0, 0], [0, 0, 7, 7, 7, 7, 2, 2, 2, 2, 2, 0, 4]],
+    np.int32,
+)
+# Inside documents too.
+BROKEN = np.array(
     [[1, 1, 1, 0, 1, 2, 2, 2, 3, 3, 3, 0, 0], [0, 0, 7, 7, 7, 7, 2, 2, 2, 0, 2, 2, 4]],
     np.int32,
 )
@@ -172,9 +177,9 @@ def test_mixer_is_attention_between_four_maps(kv_heads, segments, causal):
     close(run(mixer, x, context(segments, causal=causal)), expected)
 
 
-@all_layers
-def test_output_ignores_future_tokens(options, dims):
-    mixer, x = make(options, dims), inputs()
+@pytest.mark.parametrize("name", ["plain", "window and sinks"])
+def test_output_ignores_future_tokens(name):
+    mixer, x = make(*LAYERS[name]), inputs()
     before = run(mixer, x, context())
     after = run(mixer, x + 3.0 * (np.arange(T) >= 7)[:, None], context())
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
@@ -185,17 +190,42 @@ def test_output_ignores_future_tokens(options, dims):
 def test_documents_of_a_packed_row_are_as_if_alone(options, dims):
     """The other documents and the padding are cut away: the rest stays the same."""
     mixer, x = make(options, dims), inputs()
-    packed = run(mixer, x, context(SEGMENTS))
-    for own in (1, 2, 3, 4, 7):
-        front, segments = inputs(seed=5), np.zeros_like(SEGMENTS)
-        for row, ids in enumerate(SEGMENTS):
-            at = np.flatnonzero(ids == own)
-            front[row, : len(at)] = x[row, at]
-            segments[row, : len(at)] = 1
-        alone = run(mixer, front, context(segments))
-        for row, ids in enumerate(SEGMENTS):
-            at = np.flatnonzero(ids == own)
-            close(packed[row, at], alone[row, : len(at)])
+    by_place = "positions" in options or (
+        "window" in options and "sinks" not in options
+    )
+    for segments in (SEGMENTS,) if by_place else (SEGMENTS, BROKEN):
+        packed = run(mixer, x, context(segments))
+        for own in (1, 2, 3, 4, 7):
+            front, alone = inputs(seed=5), np.zeros_like(segments)
+            for row, ids in enumerate(segments):
+                at = np.flatnonzero(ids == own)
+                front[row, : len(at)] = x[row, at]
+                alone[row, : len(at)] = 1
+            y = run(mixer, front, context(alone))
+            for row, ids in enumerate(segments):
+                at = np.flatnonzero(ids == own)
+                close(packed[row, at], y[row, : len(at)])
+
+
+@pytest.mark.parametrize("name", ["plain", "alibi", "window"])
+def test_kernels_know_the_tiles_of_a_packed_row_at_trace_time(name, monkeypatch):
+    """No positions reach the kernel, so it skips what masks leave empty."""
+    options, dims = LAYERS[name]
+    seen = []
+
+    def attention_(q, k, v, spec, operands, **kwargs):
+        seen.append((spec.mask, sorted(operands)))
+        return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+
+    monkeypatch.setattr(kernels, "attention", attention_)
+    make(options, dims)(inputs(), context(SEGMENTS))
+    mask, names = seen[0]
+    assert not {"q_positions", "k_positions", "q_offset"} & set(names)
+    far = kernels.Span(q_first=0, q_last=3, k_first=8, k_last=11)
+    assert mask.coverage(far) == kernels.Coverage.EMPTY
+    old = kernels.Span(q_first=8, q_last=11, k_first=0, k_last=3)
+    is_empty = mask.coverage(old) == kernels.Coverage.EMPTY
+    assert is_empty == (name == "window")
 
 
 @pytest.mark.parametrize("kernel", ["reference", "blocked"])
@@ -380,11 +410,11 @@ def test_decoding_in_random_cuts_equals_the_full_pass(options, dims, segments):
     close(decode(mixer, x, ctx, [5, 6, 7, 12]), whole)
 
 
-@all_layers
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_of_a_prompt_is_isolated(options, dims, side):
-    """Rows of 3 and 5 tokens in one batch, then 4 tokens of each."""
-    mixer, x, lengths = make(options, dims), inputs(), [3, 5]
+@pytest.mark.parametrize("name", ["rope", "alibi", "window", "window and sinks"])
+def test_padding_of_a_prompt_is_isolated(name, side):
+    """Distances count tokens, not places in the cache. Rows of 3 and 5 tokens in one batch, then 4 tokens of each."""
+    mixer, x, lengths = make(*LAYERS[name]), inputs(), [3, 5]
     segments = np.zeros((B, 9), np.int32)
     for row, n in enumerate(lengths):
         at = slice(5 - n, 5) if side == "left" else slice(0, n)

@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from attnjax.core import schema
 from attnjax.core.errors import UserError
+from attnjax.models import lm
 from attnjax.tasks.language_modelling import Config, LanguageModelling
 
 B, T, C, V = 3, 7, 5, 11
@@ -173,6 +174,37 @@ def test_a_prefix_carries_no_loss_and_is_told_to_the_mixers():
     ctx = task.context(batch, None, False)
     np.testing.assert_array_equal(ctx.prefix_len, [3] * B)
     assert task_of().context(batch, None, False).prefix_len is None
+
+
+@pytest.mark.parametrize("use_segments", [True, False], ids=["packed", "whole"])
+def test_no_token_with_a_loss_sees_its_target(use_segments):
+    given = dict(num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8, init_std=0.5)
+    model = lm.LM(schema.build(lm.Config, lm.resolve(given)), V)
+    task = task_of(model, prefix_len=2, use_segments=use_segments)
+    params, buffers = jax.jit(model.init)(0)
+    batch = batch_of()
+    batch["segment_ids"] = np.array([[1] * 3 + [2] * 4] * B, np.int32)
+    if use_segments:
+        batch["positions"] = np.array([[0, 1, 2, 0, 1, 2, 3]] * B, np.int32)
+    batch["weights"] = np.ones((B, T), np.float32)
+
+    @jax.jit
+    def nats(tokens):
+        hidden, _ = model.hidden(
+            params, buffers, tokens, task.context(batch, None, False)
+        )
+        return jax.nn.log_softmax(model.logits(params, hidden))
+
+    weights = task._weights(batch)
+    plain = nats(batch["tokens"])
+    leaks = 0
+    for t in range(T - 1):
+        tokens = batch["tokens"].copy()
+        tokens[:, t + 1] = (tokens[:, t + 1] + 1) % V
+        sees = np.any(nats(tokens)[:, t] != plain[:, t], axis=-1)
+        leaks += np.sum(sees)
+        assert not np.any(sees & (weights[:, t] > 0))
+    assert leaks == B * (2 if use_segments else 1)  # the prefixes do look ahead
 
 
 def test_segments_reach_the_mixers_where_rows_hold_documents():

@@ -56,19 +56,18 @@ def mask(ctx: Context, reach: Reach, *, segments: bool) -> kernels.Mask:
     return whole
 
 
-def reads_positions(ctx: Context, reach: Reach) -> bool:
-    """Whether places in the document matter beyond the order of the row.
+def reads_positions(ctx: Context, reach: Reach, *, is_step: bool) -> bool:
+    """Whether the mask or the scores need places in the document, not in the row.
 
-    The order of tokens in a row is their order in each document, so causality alone
-    reads the row (and kernels know at trace time which tiles are empty). Distances
-    and prefixes count tokens of the document, which padding inside a row shifts.
+    The order of tokens in a row is their order in each document, and as long as no
+    padding stands inside a document so are their distances: then kernels know at
+    trace time which tiles are empty. Sinks and prefixes count from the document's
+    start. A cache may hold padding between tokens (prompts of unequal length), so
+    there distances count tokens too.
     """
-    return (
-        reach.window is not None
-        or reach.by_distance
-        or ctx.prefix_len is not None
-        or (ctx.mask is not None and ctx.mask.positional)
-    )
+    counted = reach.sinks > 0 or ctx.prefix_len is not None
+    counted = counted or (ctx.mask is not None and ctx.mask.positional)
+    return counted or (is_step and (reach.window is not None or reach.by_distance))
 
 
 def full_pass(ctx: Context, reach: Reach) -> tuple[kernels.Mask, dict]:
@@ -78,7 +77,7 @@ def full_pass(ctx: Context, reach: Reach) -> tuple[kernels.Mask, dict]:
         operands["prefix_len"] = ctx.prefix_len
     if ctx.segment_ids is not None:
         operands["q_segment_ids"] = operands["k_segment_ids"] = ctx.segment_ids
-        if reads_positions(ctx, reach):
+        if reads_positions(ctx, reach, is_step=False):
             operands["q_positions"] = operands["k_positions"] = ctx.positions
     return mask(ctx, reach, segments=ctx.segment_ids is not None), operands
 
