@@ -413,7 +413,10 @@ def test_decoding_in_random_cuts_equals_the_full_pass(options, dims, segments):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["rope", "alibi", "window", "window and sinks"])
 def test_padding_of_a_prompt_is_isolated(name, side):
-    """Distances count tokens, not places in the cache. Rows of 3 and 5 tokens in one batch, then 4 tokens of each."""
+    """Distances count tokens, not places in the cache.
+
+    Rows of 3 and 5 tokens in one batch, then 4 tokens of each.
+    """
     mixer, x, lengths = make(*LAYERS[name]), inputs(), [3, 5]
     segments = np.zeros((B, 9), np.int32)
     for row, n in enumerate(lengths):
