@@ -112,8 +112,20 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Field name -> its text in the "Attributes:" part of the class docstring."""
-    doc = (cls.__doc__ or "").partition("Attributes:")[2]
+    """Field name -> its text in the "Attributes:" part of a class docstring.
+
+    Inherited fields have the texts of the class that declares them, unless the class
+    itself says something else.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        texts |= _documented(base.__dict__.get("__doc__") or "")
+    return {name: texts[name] for name in field_types(cls) if name in texts}
+
+
+def _documented(docstring: str) -> dict[str, str]:
+    """The entries of "Attributes:"."""
+    doc = docstring.partition("Attributes:")[2]
     head = re.compile(r"^ {4,12}(\w[\w, ]*?)(?: \([^)]*\))?: +(.*)$")
     texts: dict[str, str] = {}
     current: list[str] = []
@@ -129,7 +141,7 @@ def field_docs(cls: type) -> dict[str, str]:
             texts.update({name: f"{texts[name]} {line.strip()}" for name in current})
         elif line.strip() and indent is not None:
             break
-    return {name: texts[name] for name in field_types(cls) if name in texts}
+    return texts
 
 
 def has_default(field: dataclasses.Field) -> bool:

@@ -289,6 +289,25 @@ def test_field_docs_come_from_the_attributes_part():
     }
 
 
+def test_inherited_fields_keep_their_docs():
+    @dataclasses.dataclass(frozen=True)
+    class Own(Optim):
+        """A rule of its own.
+
+        Attributes:
+            learning_rate: everywhere.
+            extra: more.
+        """
+
+        extra: int = 1
+
+    docs = field_docs(Own)
+    assert docs == field_docs(Optim) | {
+        "learning_rate": "everywhere.",
+        "extra": "more.",
+    }
+
+
 def test_merge_goes_group_by_group():
     assert merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == {"a": {"b": 1, "c": 3}}
 

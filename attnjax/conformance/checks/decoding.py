@@ -65,10 +65,13 @@ def any_cuts(s: Subject) -> None:
     """Prefill, chunks and single tokens give what the full pass gives."""
     s = exact(s)
     x, ctx = samples.sample(s, "left", causal=True)
+    # Subjects outlive jax's caches where many run in one process.
+    before = s.traces.copy()
     expect_exact(s, x, ctx, cuts_of(s.length))
-    most = max(n for (what, *_), n in s.traces.items() if what == "step")
+    traces = s.traces - before
+    most = max((n for (what, *_), n in traces.items() if what == "step"), default=0)
     expect(
-        most == 1,
+        most <= 1,
         f"step must be traced once for each number of tokens; got {most} traces: the "
         "state of init_state and of step differ (a weak type, a Python number).",
     )
