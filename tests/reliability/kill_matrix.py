@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -58,9 +59,18 @@ class Result:
 
 
 def kill_matrix(
-    folder: Path, *, kills: int, per_run: int = 10, seed: int = 0, say=print
+    folder: Path,
+    *,
+    kills: int,
+    per_run: int = 10,
+    seed: int = 0,
+    spread: float = 1.0,
+    say=print,
 ) -> Result:
-    """Kill runs `kills` times, `per_run` times each, and compare their ends."""
+    """Kill runs `kills` times, `per_run` times each, and compare their ends.
+
+    `spread` scales the random delays; with 0 a run dies in the phase aimed at.
+    """
     begin, rng = time.monotonic(), random.Random(seed)
     bench = tiny_run.Bench(folder)
     result = Result([], 0, 0.0, [])
@@ -72,7 +82,9 @@ def kill_matrix(
     while len(result.kills) < kills:
         run = f"run_{result.runs:03d}"
         share = min(per_run, kills - len(result.kills))
-        done = _kill_one_run(bench, run, share, rng, first=len(result.kills))
+        done = _kill_one_run(
+            bench, run, share, rng, first=len(result.kills), spread=spread
+        )
         result.kills += done
         result.runs += 1
         result.problems += _check(bench, run, done)
@@ -89,21 +101,23 @@ def kill_matrix(
     return result
 
 
-def _kill_one_run(bench, run: str, share: int, rng, *, first: int) -> list[Kill]:
+def _kill_one_run(
+    bench, run: str, share: int, rng, *, first: int, spread: float
+) -> list[Kill]:
     """Start and kill a run `share` times; fewer if it finishes before."""
     aims = list(DELAYS)
     done: list[Kill] = []
     for number in range(share):
         aim = aims[(first + number) % len(aims)]
         process = bench.start(run)
-        killed = _kill_in(aim, process, bench.folder / run, rng)
+        killed = _kill_in(aim, process, bench.folder / run, rng, spread=spread)
         if killed is None:
             break
         done.append(dataclasses.replace(killed, run=run, aim=aim))
     return done
 
 
-def _kill_in(aim: str, process, folder: Path, rng) -> Kill | None:
+def _kill_in(aim: str, process, folder: Path, rng, *, spread: float) -> Kill | None:
     """Kill `process` in a phase after a random delay; None when it ended by itself."""
     # "start" is reached at once: the word of the process before must not count.
     (folder / "phase").unlink(missing_ok=True)
@@ -118,8 +132,18 @@ def _kill_in(aim: str, process, folder: Path, rng) -> Kill | None:
         late = tiny_run.STEPS - tiny_run.SAVE_EVERY
         return aim == "compile" or tiny_run.last_step(folder) >= min(floor, late)
 
-    if tiny_run.wait_for(reached, process=process):
-        time.sleep(rng.uniform(0, DELAYS[aim]))
+    def held() -> bool:
+        """Reached, and stopped before it can leave the phase."""
+        if not reached():
+            return False
+        process.send_signal(signal.SIGSTOP)
+        if reached():
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
+    if tiny_run.wait_for(reached if spread else held, process=process):
+        time.sleep(spread * rng.uniform(0, DELAYS[aim]))
     process.kill()
     if process.wait() != -9:
         return None
