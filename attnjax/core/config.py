@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,13 @@ def apply_overrides(mapping: dict, overrides: list[tuple[str, str]]) -> dict:
     Raises:
         UserError: a key that goes through a value that is not a group.
     """
+    return apply_values(mapping, [(dotted, Text(text)) for dotted, text in overrides])
+
+
+def apply_values(mapping: dict, values: Iterable[tuple[str, Any]]) -> dict:
+    """A copy of `mapping` with values at dotted keys; see `apply_overrides`."""
     result = _copy(mapping)
-    for dotted, text in overrides:
+    for dotted, value in values:
         *groups, leaf = dotted.split(".")
         node = result
         for depth, group in enumerate(groups):
@@ -81,7 +87,7 @@ def apply_overrides(mapping: dict, overrides: list[tuple[str, str]]) -> dict:
                     f"Set it as --{place}=VALUE"
                 )
             node = entry
-        node[leaf] = Text(text)
+        node[leaf] = value
     return result
 
 

@@ -1,0 +1,100 @@
+"""What a sweep will cost, before it is run: parameters, FLOPs, time."""
+
+import dataclasses
+import json
+import statistics
+
+from attnjax.studies import ledger
+from attnjax.studies.sweep_file import Planned, Study
+from attnjax.training import experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of a point.
+
+    Attributes:
+        parameters: of the model.
+        forward_flops_per_token: at the training length.
+        training_flops: 3 x forward, over all tokens of the run.
+        seconds: estimated, or None where nothing has been measured.
+    """
+
+    parameters: int
+    forward_flops_per_token: float
+    training_flops: float
+    seconds: float | None = None
+
+
+def costs(study: Study) -> tuple[list[Cost], str]:
+    """The cost of every point, and what the estimated times rest on."""
+    found = [_cost(point) for point in study.points]
+    paces = [
+        cost.training_flops / seconds
+        for point, cost in zip(study.points, found, strict=True)
+        if (seconds := _measured(study, point)) is not None
+    ]
+    if not paces:
+        return found, "time unknown: no point of this sweep has finished here yet"
+    pace = statistics.median(paces)
+    timed = [
+        dataclasses.replace(cost, seconds=cost.training_flops / pace) for cost in found
+    ]
+    return timed, (
+        f"time from {len(paces)} finished points, by FLOPs (median "
+        f"{pace / 1e9:.3g} GFLOP/s)"
+    )
+
+
+def _cost(point: Planned) -> Cost:
+    built = experiment.build(point.config)
+    length, train = built.data.seq_len, built.train
+    forward = built.model.flops(length) / length
+    tokens = train.steps * train.batch_size * length
+    return Cost(built.model.parameter_count(), forward, 3 * forward * tokens)
+
+
+def _measured(study: Study, point: Planned) -> float | None:
+    """Seconds of training of a finished point."""
+    run = study.run_directory(point)
+    if not ledger.is_done(run):
+        return None
+    time = json.loads((run / "summary.json").read_bytes()).get("time", {})
+    pace = time.get("seconds_per_step")
+    return None if pace is None else pace * point.config["train"]["steps"]
+
+
+def lines(study: Study) -> list[str]:
+    """The forecast as an aligned table and a closing line."""
+    found, basis = costs(study)
+    head = ("hash", "state", "parameters", "FLOPs/token", "time", "point")
+    rows = [head]
+    for point, cost in zip(study.points, found, strict=True):
+        state = ledger.current(study.workdir, point.hash).state
+        rows.append(
+            (
+                point.hash,
+                state,
+                f"{cost.parameters:,}",
+                f"{cost.forward_flops_per_token:.4g}",
+                "unknown" if cost.seconds is None else f"{cost.seconds:.0f} s",
+                point.name,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    text = []
+    for row in rows:
+        cells = [
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}"
+            for i, (cell, w) in enumerate(zip(row[:-1], widths, strict=True))
+        ]
+        text.append("  ".join([*cells, row[-1]]))
+    left = [
+        cost.seconds
+        for point, cost in zip(study.points, found, strict=True)
+        if not ledger.is_done(study.run_directory(point)) and cost.seconds is not None
+    ]
+    end = f"{len(study.points)} points"
+    if left:
+        end += f", about {sum(left) / 60:.0f} minutes of training left, one at a time"
+    return [*text, "", f"{end} ({basis})."]
