@@ -1,7 +1,7 @@
 """What the table of a study says: rows, columns, metrics, baseline, paper's numbers.
 
-A `Table` names labels, which every point of a sweep carries, and metrics of the
-held-out split by their names in metrics.jsonl and summary.json: "loss", "accuracy".
+A `Table` names labels, which every point of a sweep carries, and metrics, written as
+"<split>/<name>" after the lines of metrics.jsonl: "eval/loss", "train/loss".
 """
 
 import dataclasses
@@ -10,6 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from attnjax.core.errors import UserError, nearest
+
+SPLITS = ("eval", "train")
+# Words in the name of a metric of which more is better; of any other, less is.
+_MORE_IS_BETTER = frozenset(
+    "accuracy acc top1 top5 em f1 bleu psnr recall precision auc reward".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Table:
     Attributes:
         rows: label names; one row for each combination of their values.
         columns: label names whose values are spread over columns; may be empty.
-        metrics: names as in the eval lines of metrics.jsonl; the first is drawn.
+        metrics: "<split>/<name>" as in metrics.jsonl; the first one is drawn.
         baseline: label -> value of what every row is compared with. Labels it does
             not name stay those of the row: {"mixer": "softmax"} with rows ("mixer",
             "size") compares each size with softmax of the same size. None: nothing
@@ -57,26 +63,31 @@ class Table:
         seed: the label that tells repetitions apart.
         best: show each run's best evaluation, not its last.
         paper: the paper's own numbers.
+        higher_is_better: metrics of which more is better, beside accuracy and the
+            like, which are known by name.
         title, caption: text above and below.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("loss",)
+    metrics: tuple[str, ...] = ("eval/loss",)
     baseline: Mapping[str, Any] | None = None
     seed: str = "seed"
     best: bool = False
     paper: tuple[PaperValue, ...] = ()
+    higher_is_better: tuple[str, ...] = ()
     title: str = ""
     caption: str = ""
 
     def __post_init__(self):
-        for name in ("rows", "columns", "metrics"):
+        for name in ("rows", "columns", "metrics", "higher_is_better"):
             object.__setattr__(self, name, _names(getattr(self, name), name))
         for name in ("seed", "title", "caption"):
             _check_text(getattr(self, name), f"Table.{name}", empty=name != "seed")
         if not self.metrics:
             raise UserError("Table: metrics must name at least one metric; got none.")
+        for metric in (*self.metrics, *self.higher_is_better):
+            check_metric_form(metric)
         if not isinstance(self.best, bool):
             raise UserError(f"Table: best must be True or False; got {self.best!r}.")
         self._check_labels_once()
@@ -215,6 +226,23 @@ class Table:
                 )
 
 
+def more_is_better(metric: str, declared: Iterable[str] = ()) -> bool:
+    """Whether the best value of a metric is its greatest."""
+    words = metric.rpartition("/")[2].lower().split("_")
+    return metric in tuple(declared) or bool(_MORE_IS_BETTER.intersection(words))
+
+
+def check_metric_form(metric: str) -> None:
+    """Refuse a metric that is not written as "<split>/<name>"."""
+    split, _, name = metric.partition("/")
+    if split not in SPLITS or not name:
+        name = metric.rpartition("/")[2] or "loss"
+        raise UserError(
+            "metric: must be <split>/<name> with split eval or train; got "
+            f"{metric!r}. Write eval/{name} or train/{name}."
+        )
+
+
 def matches(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
     """Whether `labels` have every value in `wanted`."""
     return all(
@@ -242,7 +270,7 @@ def show_labels(labels: Mapping[str, Any]) -> str:
 
 
 def show(value: PaperValue) -> str:
-    """A paper's value as in `loss 2.3 (source) of mixer=gated`."""
+    """A paper's value as in `eval/loss 2.3 (source) of mixer=gated`."""
     of = f" of {show_labels(value.labels)}" if value.labels else ""
     return f"{value.metric} {value.value:g} ({value.source}){of}"
 
