@@ -13,9 +13,8 @@ from attnjax.core.errors import UserError, nearest
 
 SPLITS = ("eval", "train")
 # Words in the name of a metric of which more is better; of any other, less is.
-_MORE_IS_BETTER = frozenset(
-    "accuracy acc top1 top5 em f1 bleu psnr recall precision auc reward".split()
-)
+_MORE_IS_BETTER = {"accuracy", "acc", "top1", "top5", "em", "f1", "bleu", "psnr"}
+_MORE_IS_BETTER |= {"recall", "precision", "auc", "reward"}
 
 
 @dataclasses.dataclass(frozen=True)
