@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from attnjax.core import chips
+from attnjax.core.errors import UserError
 from attnjax.data.statistics import NgramEntropy, ngram_entropy
 from attnjax.training import plots
 from attnjax.training.experiment import Experiment
@@ -79,6 +80,7 @@ def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) ->
         "tokens_seen": train.steps * train.batch_size * length,
         "parameters": experiment.model.parameter_count(),
         "forward_flops_per_token": flops / length,
+        "decode_state_bytes_per_token": _decode_state(experiment.model, length),
         "time": _timing(experiment, rows, flops),
         "device": {
             "kind": jax.devices()[0].device_kind,
@@ -86,6 +88,23 @@ def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) ->
             "machine": platform.machine(),
         },
     }
+
+
+def _decode_state(model: Any, length: int) -> float | None:
+    """Bytes of decode state a token of one sequence of `length`, over all layers.
+
+    None where the model has no decode form.
+    """
+
+    def state():
+        arrays = model.unstack(*model.init(0))
+        return model.init_state(arrays, 1, length)
+
+    try:
+        leaves = jax.tree.leaves(jax.eval_shape(state))
+    except UserError:
+        return None
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / length
 
 
 def _timing(experiment: Experiment, rows: list[dict], flops: float) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def read(path: str | os.PathLike) -> list[dict]:
     """
     if not Path(path).exists():
         return []
-    return [_decode(record) for _, record in _lines(Path(path))[0]]
+    return [decode(record) for _, record in _lines(Path(path))[0]]
 
 
 def comparable(records: list[dict]) -> list[dict]:
@@ -139,11 +139,12 @@ def encode(value: Any) -> Any:
     return value
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
+    """What `encode` made, with NaN and infinities as floats again."""
     if isinstance(value, dict):
-        return {key: _decode(each) for key, each in value.items()}
+        return {key: decode(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_decode(each) for each in value]
+        return [decode(each) for each in value]
     return _NAMES.get(value, value) if isinstance(value, str) else value
 
 
