@@ -62,6 +62,17 @@ class Config:
     freeze: str | None = None
 
 
+# Settings that may be traced scalars: one program then trains several values of each.
+# Those of FLOAT32_ONLY meet moments and averages in the parameters' dtype, which a
+# traced float32 would widen.
+TRACEABLE = (
+    *("learning_rate", "warmup_steps", "final_fraction", "decay_steps"),
+    *("decay_fraction", "weight_decay", "clip_norm"),
+    *("beta1", "beta2", "eps", "ema_decay"),
+)
+FLOAT32_ONLY = ("beta1", "beta2", "eps", "ema_decay")
+
+
 def _adamw(c: Config):
     return optax.adamw(1.0, b1=c.beta1, b2=c.beta2, eps=c.eps, weight_decay=0.0)
 
@@ -115,7 +126,7 @@ OPTIMIZERS = {"adamw": _adamw, "lion": _lion, "muon": _muon, "adafactor": _adafa
 
 
 def check(config: Config) -> None:
-    """Raise UserError for values that no optimizer takes."""
+    """Raise UserError for values that no optimizer takes; traced ones pass."""
     if config.name not in OPTIMIZERS:
         raise unknown("config.optim.name", "optimizer", config.name, OPTIMIZERS)
     for name, rule, is_good in (
@@ -132,7 +143,7 @@ def check(config: Config) -> None:
         ("ema_decay", "in [0, 1)", lambda v: 0 <= v < 1),
     ):
         value = getattr(config, name)
-        if value is not None and not is_good(value):
+        if _is_number(value) and not is_good(value):
             raise UserError(f"config.optim.{name}: must be {rule}; got {value}.")
     for name in ("decay_pattern", "freeze"):
         pattern = getattr(config, name)
@@ -151,25 +162,34 @@ def learning_rate(config: Config, steps: int):
     Warm-up is linear from 0 at step 0 to the peak at step warmup_steps.
     """
     peak, warm = config.learning_rate, config.warmup_steps
-    last = config.decay_steps or steps
+    last = steps if config.decay_steps is None else config.decay_steps
     floor = peak * config.final_fraction
 
     def at(step) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         if config.schedule == "cosine":
-            share = jnp.clip((step - warm) / max(last - warm, 1), 0.0, 1.0)
+            share = jnp.clip((step - warm) / _at_least(last - warm, 1), 0.0, 1.0)
             rate = floor + 0.5 * (peak - floor) * (1 + jnp.cos(jnp.pi * share))
         elif config.schedule == "wsd":
-            length = max(config.decay_fraction * last, 1.0)
+            length = _at_least(config.decay_fraction * last, 1.0)
             share = jnp.clip((step - (last - length)) / length, 0.0, 1.0)
             rate = peak + (floor - peak) * share
         else:
             rate = jnp.full_like(step, peak)
-        if warm:
-            rate = jnp.where(step < warm, peak * step / warm, rate)
+        if not (_is_number(warm) and warm == 0):
+            rate = jnp.where(step < warm, peak * step / _at_least(warm, 1), rate)
         return rate
 
     return at
+
+
+def _is_number(value) -> bool:
+    """Whether a setting is known while tracing."""
+    return isinstance(value, int | float)
+
+
+def _at_least(value, floor):
+    return max(value, floor) if _is_number(value) else jnp.maximum(value, floor)
 
 
 def _per_leaf(params, layout: Layout, fn):
@@ -185,7 +205,7 @@ def make(config: Config, layout: Layout) -> optax.GradientTransformation:
     """The optimizer (learning rate 1, no clipping: the step clips)."""
     check(config)
     optimizer = OPTIMIZERS[config.name](config)
-    if not config.weight_decay:
+    if _is_number(config.weight_decay) and not config.weight_decay:
         return optimizer
 
     def decay(updates, params):

@@ -128,7 +128,39 @@ def make_dispatch(recipe: Recipe):
 
     On the CPU the results do not depend on K, bit for bit.
     """
-    step = jax.jit(make_step(recipe))  # a jit of its own: traced once for every use
+    return _over_steps(make_step(recipe))
+
+
+def vary(recipe: Recipe, values: dict) -> Recipe:
+    """`recipe` with "seed" and settings of `optim` replaced, by traced scalars too."""
+    optim = {name: value for name, value in values.items() if name != "seed"}
+    return dataclasses.replace(
+        recipe,
+        optim=dataclasses.replace(recipe.optim, **optim),
+        seed=values.get("seed", recipe.seed),
+    )
+
+
+def make_group_dispatch(recipe: Recipe, values: dict):
+    """`make_dispatch` for N runs at once that differ in `values`.
+
+    Args:
+        recipe: what the runs have in common.
+        values: "seed" and names of `optimizers.TRACEABLE` -> numpy [N].
+
+    Returns:
+        (state [N, ...], batches [K, N, ...]) -> (state, metrics [K, N]).
+    """
+
+    def one(values: dict, state: dict, batch: dict) -> tuple[dict, dict]:
+        return make_step(vary(recipe, values))(state, batch)
+
+    return _over_steps(partial(jax.vmap(one), values))
+
+
+def _over_steps(step):
+    """A dispatch from a step."""
+    step = jax.jit(step)  # a jit of its own: traced once for every use
 
     def dispatch(state: dict, batches: dict) -> tuple[dict, dict]:
         return jax.lax.platform_dependent(
@@ -166,7 +198,7 @@ def _dynamic_loop(step, state: dict, batches: dict) -> tuple[dict, dict]:
     _, row = jax.eval_shape(step, state, jax.eval_shape(batch, 0))
     room = max(count, 2)
     rows = jax.tree.map(lambda r: jnp.zeros((room, *r.shape), r.dtype), row)
-    dynamic = jnp.where(state["step"] >= 0, count, 0)  # it is never negative
+    dynamic = jnp.where(jnp.all(state["step"] >= 0), count, 0)  # never negative
     state, rows = jax.lax.fori_loop(0, dynamic, body, (state, rows))
     return state, jax.tree.map(lambda r: r[:count], rows)
 
