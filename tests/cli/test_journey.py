@@ -79,8 +79,9 @@ def test_run_directory_holds_what_the_readme_says(run):
     last = [row for row in rows(run) if row["split"] == "eval"][-1]
     assert summary["final"]["loss"] == last["loss"]
     assert summary["tokens_seen"] == 12 * 8 * 16
-    # Two layers of two heads: S [4, 4], z [4], and the document's id, in 4 bytes.
-    state = 2 * (2 * 4 * 5 + 1) * 4
+    # Two layers: keys and values of one head of 12 and 16 tokens, their positions and
+    # documents, how many there are and the newest document; 4 bytes each.
+    state = 2 * (2 * 12 * 16 + 2 * 16 + 2) * 4
     assert summary["decode_state_bytes_per_token"] == state / 16
 
 
