@@ -4,6 +4,7 @@ Start at `attention` (dispatch.py); what it computes is an `AttentionSpec` (spec
 of a mask (masks.py), score steps (scores.py) and a weight map (weight_maps.py).
 """
 
+from attnjax.kernels.choices import Choice, watching
 from attnjax.kernels.dispatch import IMPLEMENTATIONS, attention, choose, explain
 from attnjax.kernels.masks import (
     And,
@@ -33,6 +34,7 @@ __all__ = [
     "AttentionSpec",
     "Bias",
     "Causal",
+    "Choice",
     "Coverage",
     "Full",
     "Mask",
@@ -57,4 +59,5 @@ __all__ = [
     "default_target",
     "explain",
     "make_request",
+    "watching",
 ]

@@ -15,7 +15,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from attnjax.kernels import blocked, cudnn, reference
+from attnjax.kernels import blocked, choices, cudnn, reference
 from attnjax.kernels.compat import vary_together
 from attnjax.kernels.errors import nearest
 from attnjax.kernels.request import Request, make_request
@@ -66,6 +66,9 @@ def attention(
     operands = {name: jnp.asarray(x) for name, x in (operands or {}).items()}
     request = make_request(q, k, v, spec, operands, target or default_target())
     module = choose(request, implementation)
+    watch = choices.current()
+    if watch is not None:
+        module = watch.settle(request, module, _candidates(request))
     q, k, v, operands = vary_together((q, k, v, operands))
     out, lse = module.run(request, q, k, v, operands)
     return (out, lse) if spec.return_lse else out

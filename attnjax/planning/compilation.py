@@ -1,0 +1,191 @@
+"""Compiling a program for devices that are not there, and what comes of it."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from attnjax import kernels
+from attnjax.planning.problem import Program
+from attnjax.planning.targets import PlanTarget
+
+NO_CUDNN = "cuDNN chooses its plans on a device and cannot be compiled without one"
+NO_BLACKWELL = (
+    "not checked: without a device Mosaic GPU lowers for Hopper (sm_90a) alone"
+)
+_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said.
+
+    Attributes:
+        program: what was compiled.
+        seconds: of tracing, lowering and compiling.
+        choices: the implementations of attention that it holds.
+        text: of the optimised module, "" where there is none.
+        arguments, outputs, aliased, temporaries: bytes per device.
+        optimal_seconds: XLA's own estimate (TPU), loops counted once; or None.
+        needs: bytes of memory that XLA said it lacks room for, where it refused.
+        error: its first line, where it failed otherwise.
+        failed_kernels: lines about kernels that do not compile.
+    """
+
+    program: str
+    seconds: float
+    choices: tuple[kernels.Choice, ...] = ()
+    text: str = dataclasses.field(default="", repr=False)
+    arguments: int = 0
+    outputs: int = 0
+    aliased: int = 0
+    temporaries: int = 0
+    optimal_seconds: float | None = None
+    needs: float | None = None
+    error: str | None = None
+    failed_kernels: tuple[str, ...] = ()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is a module."""
+        return self.error is None and self.needs is None
+
+
+def ruled_out(target: PlanTarget) -> dict[str, str]:
+    """Implementations of attention that cannot be compiled for a target here."""
+    if target.platform != "gpu":
+        return {}
+    out = {"cudnn": NO_CUDNN}
+    if target.chip.name == "b200":
+        out["mosaic_gpu"] = NO_BLACKWELL
+    return out
+
+
+def compile_program(program: Program, target: PlanTarget, device) -> Compiled:
+    """Compile; failures become fields of the result.
+
+    Args:
+        program: from `problem`.
+        target: what it is compiled for.
+        device: one of the target's devices, to try single kernels on.
+    """
+    start = time.perf_counter()
+    with kernels.watching(ruled_out(target)) as watch:
+        try:
+            compiled = program.jitted.lower(*program.arguments).compile()
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            return _failed(program, watch, error, device, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    return Compiled(
+        program.name,
+        seconds,
+        tuple(watch.choices),
+        compiled.as_text() or "",
+        int(memory.argument_size_in_bytes),
+        int(memory.output_size_in_bytes),
+        int(memory.alias_size_in_bytes),
+        int(memory.temp_size_in_bytes),
+        cost.get("optimal_seconds") if target.platform == "tpu" else None,
+    )
+
+
+def _failed(program, watch, error, device, seconds) -> Compiled:
+    choices = tuple(watch.choices)
+    needs = memory_needed(str(error))
+    if needs is not None:
+        return Compiled(program.name, seconds, choices, needs=needs)
+    lines = failed_kernels(choices, lambda c: try_kernel(c, device))
+    first = next((x for x in str(error).splitlines() if x.strip()), "")
+    return Compiled(
+        program.name,
+        seconds,
+        choices,
+        error=f"{type(error).__name__}: {first[:300]}",
+        failed_kernels=tuple(lines),
+    )
+
+
+def memory_needed(message: str) -> float | None:
+    """Bytes that XLA says the program would use where it does not fit; else None."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+)([BKMGT]) of", message)
+    if found:
+        return float(found.group(1)) * _UNITS[found.group(2)]
+    found = re.search(r"allocate ([\d.]+)\s*([BKMGT])i?B?", message)
+    return float(found.group(1)) * _UNITS[found.group(2)] if found else None
+
+
+def failed_kernels(choices, attempt: Callable[[kernels.Choice], None]) -> list[str]:
+    """One line for every kernel that `attempt` cannot compile."""
+    lines = []
+    for choice in choices:
+        try:
+            attempt(choice)
+        except Exception as error:
+            first = next((x for x in str(error).splitlines() if x.strip()), "")
+            lines.append(
+                f"{choice.used} does not compile for {describe(choice.request)}: "
+                f"{type(error).__name__}: {first[:200]}"
+            )
+    return lines
+
+
+def try_kernel(choice: kernels.Choice, device) -> None:
+    """Compile one call of attention, forward and backward, for one device."""
+    r = choice.request
+    place = SingleDeviceSharding(device)
+
+    def shape(sizes, dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    arrays = (
+        shape((r.batch, r.q_len, r.num_heads, r.head_dim), r.dtypes[0]),
+        shape((r.batch, r.kv_len, r.num_kv_heads, r.head_dim), r.dtypes[1]),
+        shape((r.batch, r.kv_len, r.num_kv_heads, r.value_dim), r.dtypes[2]),
+    )
+    integers = ("segment_ids", "offset", "positions", "prefix_len")
+    operands = {
+        name: shape(
+            sizes,
+            jnp.int32
+            if name.endswith(integers)
+            else (bool if name == "kv_mask" else jnp.float32),
+        )
+        for name, sizes in r.operand_shapes
+    }
+
+    def total(arrays, operands):
+        out = kernels.attention(
+            *arrays, r.spec, operands, implementation=choice.used, target=r.target
+        )
+        out = out[0] if r.spec.return_lse else out
+        return out.astype(jnp.float32).sum()
+
+    jax.jit(jax.grad(total)).lower(arrays, operands).compile()
+
+
+def describe(r: kernels.Request) -> str:
+    """The shapes of a call, for a message."""
+    return (
+        f"q [{r.batch}, {r.q_len}, {r.num_heads}, {r.head_dim}], k [{r.batch}, "
+        f"{r.kv_len}, {r.num_kv_heads}, {r.head_dim}], v [.., {r.value_dim}] "
+        f"{r.dtypes[0]}"
+    )
+
+
+def kernel_lines(choices) -> list[str]:
+    """What attention runs, one line for each kind of call."""
+    lines = []
+    for choice in choices:
+        line = f"{choice.used}: {describe(choice.request)}"
+        if choice.reason:
+            line += f"; stands in for {choice.wanted} ({choice.reason})"
+        lines.append(line)
+    return lines

@@ -1,0 +1,113 @@
+"""A plan as lines for people."""
+
+from attnjax.planning.compilation import kernel_lines
+from attnjax.planning.planner import Plan, ProgramPlan
+
+_SCALES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def size(value: float) -> str:
+    """Bytes in GiB, MiB or KiB."""
+    for unit, letter in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(value) >= unit:
+            return f"{value / unit:.2f} {letter}"
+    return f"{value:.0f} B"
+
+
+def number(value: float) -> str:
+    """A number with an SI prefix."""
+    for unit, letter in _SCALES:
+        if abs(value) >= unit:
+            return f"{value / unit:.2f} {letter}"
+    return f"{value:.0f} "
+
+
+def seconds(value: float) -> str:
+    """A time in s, ms or us."""
+    for unit, letter in ((1.0, "s"), (1e-3, "ms")):
+        if value >= unit:
+            return f"{value / unit:.2f} {letter}"
+    return f"{value * 1e6:.1f} us"
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+    """The axes of a mesh that are larger than 1."""
+    parts = [f"{axis}={count}" for axis, count in mesh.items() if count > 1]
+    return " ".join(parts) or "one device"
+
+
+def verdict(one: ProgramPlan) -> str:
+    """Whether it fits, and by how much."""
+    if one.fits is None:
+        return f"did not compile: {one.compiled.error}"
+    if one.fits:
+        return f"fits, {size(one.spare)} to spare of {size(one.usable)} usable"
+    return f"does not fit, by {size(-one.spare)} over {size(one.usable)} usable"
+
+
+def lines(plan: Plan) -> list[str]:
+    """The report of a plan."""
+    kind = plan.target.chip.kind if plan.target.chip else "cpu"
+    settings = plan.config
+    out = [
+        f"{plan.target.name}: {plan.target.count} x {kind}, mesh "
+        f"{mesh_text(plan.mesh)}; {number(plan.parameters)}parameters, "
+        f"{plan.tokens:,} tokens a step in {settings['train']['accumulate']} "
+        f"micro-batches, {plan.dtype}, remat={settings['model']['remat']}"
+    ]
+    out += _program("training step", plan.train, plan.tokens)
+    if plan.decode is None:
+        out.append(f"decode step: not planned ({plan.decode_note})")
+    else:
+        out += _program(f"decode step, {plan.decode_note}", plan.decode, None)
+    return out
+
+
+def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
+    compiled = one.compiled
+    out = [f"{title}: {verdict(one)}"]
+    parts = [("parameters", one.parameters), ("optimizer", one.optimizer)]
+    parts += [("other state", one.state), ("inputs", one.inputs)]
+    if compiled.is_compiled:
+        parts.append(("activations and temporaries", compiled.temporaries))
+    shown = [f"{name} {size(value)}" for name, value in parts if value]
+    if one.total is not None:
+        shown.append(f"total {size(one.total)}")
+    out.append("  memory per device: " + ", ".join(shown))
+    if one.costs is not None:
+        out.append(
+            f"  per device: {number(one.costs.flops)}FLOP in matrix products, "
+            f"{size(one.costs.bytes)} of memory traffic"
+        )
+        if one.costs.unknown_loops:
+            out.append(
+                f"  {one.costs.unknown_loops} loops whose length depends on data are "
+                "counted as one turn"
+            )
+    for row in one.collectives:
+        across = " across nodes" if row.across_nodes else ""
+        out.append(
+            f"  {row.kind}: {size(row.bytes)} in {row.count:.0f} calls among "
+            f"{row.group} devices{across}"
+        )
+    out += _times(one, tokens)
+    out += [f"  attention by {line}" for line in kernel_lines(compiled.choices)]
+    out += [f"  kernel failed: {line}" for line in compiled.failed_kernels]
+    out.append(f"  traced and compiled in {compiled.seconds:.1f} s")
+    return out
+
+
+def _times(one: ProgramPlan, tokens: int | None) -> list[str]:
+    guess = one.estimate
+    if guess is None:
+        if one.costs is None:
+            return []
+        return ["  time: not estimated (no peak speeds are known for this CPU)"]
+    rate = f", {number(tokens / guess.step)}tokens/s" if tokens else ""
+    out = [
+        f"  time: at least {seconds(guess.step)}{rate}, MFU at most "
+        f"{100 * guess.mfu:.0f} % ({guess.method})",
+        f"  bounds: compute {seconds(guess.compute)}, memory {seconds(guess.memory)}, "
+        f"network {seconds(guess.network)}",
+    ]
+    return out
