@@ -143,6 +143,17 @@ class Checkpointer(CheckpointReader):
         self._thread.start()
         return True
 
+    def drop_after(self, step: int) -> list[int]:
+        """Remove checkpoints of later steps, newest first; which ones they were."""
+        self.wait()
+        later = [each for each in reversed(self.steps()) if each > step]
+        with disk_errors():
+            for each in later if jax.process_index() == 0 else ():
+                _remove(self.path(each))
+        self._verified -= set(later)
+        self._damaged -= set(later)
+        return later
+
     def wait(self) -> None:
         """Return when the save under way, if any, is finished; raise if it failed."""
         if self._thread is not None:

@@ -22,11 +22,19 @@ class Evaluator:
     Args:
         experiment: what is evaluated.
         should_stop: looked at before every batch; True raises `Stopped`.
+        members: N, where parameters of N runs are evaluated at once, [N, ...].
     """
 
-    def __init__(self, experiment, *, should_stop: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        experiment,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        members: int | None = None,
+    ):
         self.experiment = experiment
         self.should_stop = should_stop
+        self.members = members
         mesh = experiment.mesh
         settings = experiment.eval
         self.batch_size = settings.batch_size or experiment.train.batch_size
@@ -39,7 +47,8 @@ class Evaluator:
             sums = experiment.task.evaluate(params, buffers, batch)
             return jax.tree.map(lambda a, b: a + b, totals, sums)
 
-        self._step = jax.jit(step)
+        every = step if members is None else jax.vmap(step, in_axes=(0, 0, 0, None))
+        self._step = jax.jit(every)
 
     def _batches(self):
         source, settings = self.experiment.data, self.experiment.eval
@@ -53,15 +62,26 @@ class Evaluator:
         )
         return itertools.islice(batches, settings.batches)
 
-    def __call__(self, params: dict, buffers: dict) -> dict:
-        """Metrics of the held-out split: `task.summary` of the sums."""
-        totals = {name: np.float32(0) for name in ("nll", "correct", "weight")}
+    def __call__(self, params: dict, buffers: dict) -> dict | list[dict]:
+        """Metrics of the held-out split, `task.summary` of the sums; a list of them
+        for several members."""
+        zero = np.zeros(() if self.members is None else self.members, np.float32)
+        totals = dict.fromkeys(("nll", "correct", "weight"), zero)
         for batch in self._batches():
             if self.should_stop():
                 raise Stopped
             batch = to_devices(batch, self._sharding)
             totals = self._step(params, buffers, totals, batch)
-        totals = {name: float(value) for name, value in totals.items()}
+        totals = jax.device_get(totals)
+        if self.members is None:
+            return self._summary(totals)
+        return [
+            self._summary({name: value[index] for name, value in totals.items()})
+            for index in range(self.members)
+        ]
+
+    def _summary(self, totals: dict) -> dict:
         return self.experiment.task.summary(
-            totals, bytes_per_token=self.experiment.bytes_per_token
+            {name: float(value) for name, value in totals.items()},
+            bytes_per_token=self.experiment.bytes_per_token,
         )

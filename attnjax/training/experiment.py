@@ -265,6 +265,23 @@ def build(config: dict, *, devices=None) -> Experiment:
     )
 
 
+def like(first: Experiment, config: dict) -> Experiment:
+    """The experiment of a config that differs from `first`'s in training alone.
+
+    Data, model, task and mesh are shared.
+    """
+    train = schema.build(TrainConfig, config["train"])
+    optim = schema.build(optimizers.Config, config["optim"])
+    recipe = dataclasses.replace(
+        first.recipe,
+        optim=optim,
+        steps=train.steps,
+        seed=train.seed,
+        accumulate=train.accumulate,
+    )
+    return dataclasses.replace(first, config=config, recipe=recipe)
+
+
 def _bytes_per_token(corpus, config: dict) -> float | None:
     split = corpus.eval
     count = data.num_predicted(split, mode=config["data"]["packing"])

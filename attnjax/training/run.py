@@ -1,5 +1,6 @@
 """One run from its directory to its last line: open, start or resume, train, finish."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from attnjax.training import finish, hosts, start, trackers
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.checkpoints import Checkpointer
 from attnjax.training.disk import disk_errors
-from attnjax.training.loop import BadSteps, Hook, Loop, Services
+from attnjax.training.loop import Hook, Loop, Services
 from attnjax.training.metrics import MetricsLog
 from attnjax.training.progress import Reporter
+from attnjax.training.record import BadSteps
 from attnjax.training.run_directory import CONFIG, RunDirectory
 from attnjax.training.signals import StopRequested, StopSignal, leave
 
@@ -59,7 +61,7 @@ def train(
         with signals.interrupting():
             experiment = experiments.build(config)
             if not (Path(workdir) / CONFIG).exists():
-                _check_source(experiment)
+                check_source(experiment)
     except StopRequested:
         print(f"{signals.requested}: nothing was begun; run the command again.")
         leave(EXIT_SAVED)
@@ -73,10 +75,10 @@ def train(
     ) as run:
         run.set_phase("start")
         if run.finished:
-            _already_done(run)
+            say_done(run)
             return EXIT_OK
         try:
-            return _train(experiment, run, signals, sample, hooks)
+            return go_on(experiment, run, signals, sample, hooks)
         except StopRequested:
             # Nothing was trained since the last checkpoint. A compilation may still
             # be running in a thread that cannot be stopped.
@@ -89,14 +91,15 @@ def train(
             leave(EXIT_SAVED)
 
 
-def _already_done(run: RunDirectory) -> None:
+def say_done(run: RunDirectory) -> None:
+    """The line for a run that is finished."""
     print(
         f"{run.path} is finished at step {run.finished_step}; nothing to do. More "
         "steps: --extend --config.train.steps=N."
     )
 
 
-def _check_source(experiment) -> None:
+def check_source(experiment) -> None:
     """Raise UserError unless train.init_from is a run with the same tokenizer."""
     source = experiment.train.init_from
     if source is None:
@@ -112,33 +115,16 @@ def _check_source(experiment) -> None:
     )
 
 
-def _train(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> int:
-    with disk_errors("workdir"):
-        tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
-    settings = experiment.train
-    with (
-        MetricsLog(run.metrics) as metrics,
-        Checkpointer(
-            run.checkpoints,
-            keep_last=settings.keep_last,
-            keep_best=settings.keep_best,
-        ) as checkpoints,
-    ):
+def go_on(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> int:
+    """Train an opened run from where it is; see `train`."""
+    with opened(experiment, run) as (metrics, checkpoints):
         state, pending_eval = _first_state(experiment, run, checkpoints, signals)
         step = int(state["step"])
-        changes = run.start(
-            step,
-            data_fingerprint=experiment.corpus.fingerprint,
-            data=experiment.corpus.provenance,
-        )
-        for line in changes:
-            print(line, flush=True)
-        metrics.cut_back(step)
+        sinks = begin(experiment, run, metrics, step)
         # The evaluation was done after this checkpoint, before a kill.
         pending_eval = pending_eval and not metrics.has(step, "eval")
-        sinks = _trackers(experiment, run, step)
         _say_start(experiment, run, step)
-        with Reporter(settings.steps, start=step) as reporter:
+        with Reporter(experiment.train.steps, start=step) as reporter:
             services = Services(
                 run, metrics, checkpoints, signals, reporter, sinks, tuple(hooks)
             )
@@ -151,13 +137,51 @@ def _train(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) ->
             except Exception:
                 run.end("failed", loop.step)
                 raise
-        for sink in sinks:
-            sink.finish()
-        if code == EXIT_OK:
-            _finish(experiment, run, metrics, loop.state, sample)
-        run.end("finished" if code == EXIT_OK else "saved", loop.step)
-        run.set_phase("done")
+        conclude(experiment, services, code, loop.step, loop.state, sample)
         return code
+
+
+@contextlib.contextmanager
+def opened(experiment, run: RunDirectory):
+    """A run's (MetricsLog, Checkpointer), closed at the end of the block."""
+    with disk_errors("workdir"):
+        tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
+    settings = experiment.train
+    with (
+        MetricsLog(run.metrics) as metrics,
+        Checkpointer(
+            run.checkpoints,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        ) as checkpoints,
+    ):
+        yield metrics, checkpoints
+
+
+def begin(experiment, run: RunDirectory, metrics: MetricsLog, step: int) -> tuple:
+    """Record that a process goes on from `step`; the run's trackers."""
+    changes = run.start(
+        step,
+        data_fingerprint=experiment.corpus.fingerprint,
+        data=experiment.corpus.provenance,
+    )
+    for line in changes:
+        print(line, flush=True)
+    metrics.cut_back(step)
+    return _trackers(experiment, run, step)
+
+
+def conclude(
+    experiment, services: Services, code: int, step: int, state: dict, sample
+) -> None:
+    """Write what a run that ended at `step` with this exit code leaves behind."""
+    run = services.run
+    for sink in services.trackers:
+        sink.finish()
+    if code == EXIT_OK:
+        _finish(experiment, run, services.metrics, state, sample)
+    run.end("finished" if code == EXIT_OK else "saved", step)
+    run.set_phase("done")
 
 
 def _first_state(experiment, run, checkpoints, signals) -> tuple[dict, bool]:
@@ -171,12 +195,16 @@ def _first_state(experiment, run, checkpoints, signals) -> tuple[dict, bool]:
             print(f"resuming from step {found.step} ({found.path})")
             state, meta = start.restore(experiment, checkpoints, found.step)
             return state, bool(meta["pending_eval"])
-        source = experiment.train.init_from
-        if source is None:
+        if experiment.train.init_from is None:
             return start.new_state(experiment), False
-        _check_source(experiment)
-        reader = CheckpointReader(Path(source) / "checkpoints")
-        return start.start_from(experiment, reader, print), False
+        return state_from_source(experiment), False
+
+
+def state_from_source(experiment) -> dict:
+    """The first state of a run with train.init_from."""
+    check_source(experiment)
+    reader = CheckpointReader(Path(experiment.train.init_from) / "checkpoints")
+    return start.start_from(experiment, reader, print)
 
 
 def _trackers(experiment, run, step: int) -> tuple:
