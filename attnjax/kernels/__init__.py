@@ -2,10 +2,19 @@
 
 Start at `attention` (dispatch.py); what it computes is an `AttentionSpec` (spec.py)
 of a mask (masks.py), score steps (scores.py) and a weight map (weight_maps.py).
+`linear_attention` (linear/dispatch.py) is the family of recurrences on a state.
 """
 
 from attnjax.kernels.choices import Choice, watching
 from attnjax.kernels.dispatch import IMPLEMENTATIONS, attention, choose, explain
+from attnjax.kernels.linear.dispatch import (
+    LINEAR_IMPLEMENTATIONS,
+    empty_linear_state,
+    explain_linear,
+    linear_attention,
+    linear_attention_step,
+)
+from attnjax.kernels.linear.spec import LinearSpec
 from attnjax.kernels.masks import (
     And,
     Causal,
@@ -29,6 +38,7 @@ from attnjax.kernels.weight_maps import Sigmoid, Softmax, WeightMap
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "LINEAR_IMPLEMENTATIONS",
     "ALiBi",
     "And",
     "AttentionSpec",
@@ -37,6 +47,7 @@ __all__ = [
     "Choice",
     "Coverage",
     "Full",
+    "LinearSpec",
     "Mask",
     "MaskFn",
     "Operand",
@@ -57,7 +68,11 @@ __all__ = [
     "attention",
     "choose",
     "default_target",
+    "empty_linear_state",
     "explain",
+    "explain_linear",
+    "linear_attention",
+    "linear_attention_step",
     "make_request",
     "watching",
 ]
