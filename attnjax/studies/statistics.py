@@ -17,7 +17,8 @@ class Spread:
     Attributes:
         n: how many.
         mean: their mean.
-        sd: sample standard deviation (n - 1), None for one repetition.
+        sd: sample standard deviation (n - 1), None for one repetition or a mean that
+            is not finite.
     """
 
     n: int
@@ -34,6 +35,8 @@ class Difference:
         mean: of row minus baseline.
         low, high: ends of the 95 % interval of Student's t, None for one pair.
         p: two-sided p-value of a mean difference of zero, None for one pair.
+
+    A difference that is not finite (a run diverged) has neither interval nor p.
     """
 
     n: int
@@ -48,8 +51,9 @@ def spread(values: Sequence[float]) -> Spread | None:
     if not len(values):
         return None
     array = np.asarray(values, np.float64)
-    sd = float(array.std(ddof=1)) if len(array) > 1 else None
-    return Spread(len(array), float(array.mean()), sd)
+    mean = float(array.mean())
+    judged = len(array) > 1 and math.isfinite(mean)
+    return Spread(len(array), mean, float(array.std(ddof=1)) if judged else None)
 
 
 def paired(
@@ -73,9 +77,9 @@ def paired(
     n, mean = len(gaps), float(gaps.mean())
     if n == 1:
         return Difference(1, mean, None, None, None)
-    error = float(gaps.std(ddof=1)) / math.sqrt(n)
     if not math.isfinite(mean):
         return Difference(n, mean, None, None, None)
+    error = float(gaps.std(ddof=1)) / math.sqrt(n)
     if error == 0.0:
         return Difference(n, mean, mean, mean, 1.0 if mean == 0.0 else 0.0)
     reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error

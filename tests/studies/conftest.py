@@ -1,6 +1,12 @@
 """Sweep files over a config that no test trains."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+# The helpers of this folder are imported by name.
+sys.path.insert(0, str(Path(__file__).parent))
 
 CONFIG = """
 def get_config():

@@ -76,3 +76,8 @@ def test_a_diverged_run_has_no_interval(bad):
     ours = paired({0: bad, 1: 2.0}, {0: 1.0, 1: 2.0})
     assert not math.isfinite(ours.mean)
     assert (ours.low, ours.high, ours.p) == (None, None, None)
+
+
+def test_a_diverged_run_leaves_a_mean_and_no_deviation():
+    found = spread([1.0, math.inf])
+    assert (found.n, found.mean, found.sd) == (2, math.inf, None)

@@ -1,0 +1,104 @@
+"""From runs to rows: baselines, places and what is not finished."""
+
+import dataclasses
+
+import made_study as made
+import matplotlib
+import pytest
+
+from attnjax.core.errors import UserError
+from attnjax.studies import plots, results
+from attnjax.studies.collect import collect
+from attnjax.studies.table import Table
+from attnjax.studies.values import metrics_of
+
+SIZES = (16, 32)
+MIXERS = ("attention", "gated_attention")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for mixer in MIXERS:
+        for size in SIZES:
+            for seed in (0, 1):
+                config = made.config_of(mixer, seed, model__embed_dim=size)
+                made.write_run(folder / f"{mixer}{size}{seed}", config)
+    found, table = collect(folder)
+    assert table is None
+    return found
+
+
+def test_a_baseline_of_one_label_keeps_the_others(runs):
+    table = Table(rows=("layers", "embed_dim"), baseline={"layers": "attention"})
+    found = results.summarise(runs, table)
+    gaps = {row.labels: row.cells[(), "eval/loss"].difference for row in found.rows}
+    for size in SIZES:
+        assert gaps["attention", size] is None
+        assert gaps["gated_attention", size].n == 2
+    marks = [row.is_baseline for row in found.rows]
+    assert marks == [row.labels[0] == "attention" for row in found.rows]
+
+
+def test_a_whole_baseline_is_one_row(runs):
+    table = Table(
+        rows=("layers", "embed_dim"), baseline={"layers": "attention", "embed_dim": 16}
+    )
+    rows = results.summarise(runs, table).rows
+    assert [row.is_baseline for row in rows].count(True) == 1
+    gaps = [row.cells[(), "eval/loss"].difference for row in rows]
+    assert [gap is None for gap in gaps] == [row.is_baseline for row in rows]
+
+
+def test_a_baseline_may_be_a_column(runs):
+    table = Table(rows=("layers",), columns=("embed_dim",), baseline={"embed_dim": 16})
+    row = results.summarise(runs, table).rows[0]
+    assert not row.is_baseline
+    assert row.cells[(16,), "eval/loss"].difference is None
+    # Both sizes have the same made-up losses.
+    assert row.cells[(32,), "eval/loss"].difference.mean == 0.0
+
+
+def test_labels_that_are_left_out_must_not_hide_runs(runs):
+    with pytest.raises(UserError, match="must tell the points apart"):
+        results.summarise(runs, Table(rows=("layers",)))
+
+
+def test_a_metric_must_be_that_of_a_run(runs):
+    table = Table(rows=("layers", "embed_dim"), metrics=("eval/accurcy",))
+    with pytest.raises(UserError, match="got 'eval/accurcy'. Did you mean eval/acc"):
+        results.summarise(runs, table)
+    assert "train/time/tokens_per_second" in metrics_of(runs)
+    assert "eval/step" not in metrics_of(runs)
+
+
+def test_a_diverged_run_shows_in_the_mean(runs):
+    last = runs[0].rows[-1]
+    bad = [*runs[0].rows[:-1], {**last, "loss": float("nan")}]
+    broken = [dataclasses.replace(runs[0], rows=bad), *runs[1:]]
+    table = Table(rows=("layers", "embed_dim"), baseline={"layers": "attention"})
+    rows = results.summarise(broken, table).rows
+    cell = rows[0].cells[(), "eval/loss"]
+    assert cell.spread.mean != cell.spread.mean and cell.spread.sd is None
+    # The best value of a run is a number if it ever had one.
+    best = results.summarise(broken, dataclasses.replace(table, best=True)).rows
+    assert best[0].cells[(), "eval/loss"].spread.mean > 0
+
+
+def test_pictures_are_the_same_whatever_matplotlib_is_set_to(runs):
+    table = Table(rows=("layers", "embed_dim"))
+    found = results.summarise(runs, table)
+    before = plots.curves(found, "eval/loss")
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9}):
+        assert plots.curves(found, "eval/loss") == before
+        assert matplotlib.rcParams["font.size"] == 30
+    assert before.startswith("<svg") and "#0072b2" in before.lower()
+    assert plots.curves(found, "eval/nothing") is None
+
+
+def test_a_scatter_needs_its_cost(runs):
+    found = results.summarise(runs, Table(rows=("layers", "embed_dim")))
+    assert plots.scatter(found, "flops", "FLOPs/token").startswith("<svg")
+    bare = [dataclasses.replace(run, summary={}) for run in runs]
+    found = results.summarise(bare, Table(rows=("layers", "embed_dim")))
+    assert plots.scatter(found, "flops", "FLOPs/token") is None
