@@ -1,4 +1,4 @@
-"""The `slurm` launcher: the points that are left, as one job array that requeues itself.
+"""The `slurm` launcher: points that are left, as a job array that requeues itself.
 
 Two forms, one meaning: through submitit (which pickles a call into the study's
 directory), or as a plain sbatch script, for sites that forbid pickles. Each element
@@ -6,6 +6,7 @@ runs one worker. Before its time limit, or when preempted, the worker saves, and
 element goes back into the queue and on from there.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -307,10 +308,8 @@ def _wait_beside(pid: int) -> None:
 
     Not Popen.wait: this runs in a signal handler, and the lock is taken.
     """
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    except ChildProcessError:
-        pass
 
 
 def _submit_submitit(
