@@ -99,7 +99,7 @@ def _gpu(name, kind, memory, bandwidth, flops, flops32, link, source, **other) -
     )
 
 
-def _tpu(name, kind, memory, bandwidth, flops, link, shape, most) -> Chip:
+def _tpu(name, kind, memory, available, bandwidth, flops, link, shape, most) -> Chip:
     source = f"Google Cloud documentation, TPU {name}, system architecture"
     return Chip(
         name=name,
@@ -107,7 +107,8 @@ def _tpu(name, kind, memory, bandwidth, flops, link, shape, most) -> Chip:
         kind=kind,
         memory=Fact(memory, source),
         reserved=Fact(
-            0.25 * GIB, "libtpu: its messages call 15.75 of 16 GiB the capacity"
+            memory - available * GIB,
+            "libtpu: the capacity named by its out-of-memory messages",
         ),
         bandwidth=Fact(bandwidth, source),
         flops=Fact(flops, source),
@@ -155,8 +156,8 @@ CHIPS = {
             900e9,
             _B200,
         ),
-        _tpu("v5e", "TPU v5 lite", 16 * GIB, 819e9, 197e12, 100e9, 2, 16),
-        _tpu("v5p", "TPU v5", 95 * GIB, 2765e9, 459e12, 300e9, 3, 28),
-        _tpu("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 918e12, 224e9, 2, 16),
+        _tpu("v5e", "TPU v5 lite", 16 * GIB, 15.75, 819e9, 197e12, 100e9, 2, 16),
+        _tpu("v5p", "TPU v5", 96 * GIB, 95.73, 2765e9, 459e12, 300e9, 3, 28),
+        _tpu("v6e", "TPU v6 lite", 32 * GIB, 31.25, 1640e9, 918e12, 224e9, 2, 16),
     )
 }

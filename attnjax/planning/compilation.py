@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from attnjax import kernels
-from attnjax.planning.problem import Program
+from attnjax.planning.problem import Program, device_bytes
 from attnjax.planning.targets import PlanTarget
 
 NO_CUDNN = "cuDNN chooses its plans on a device and cannot be compiled without one"
@@ -97,7 +97,7 @@ def compile_program(program: Program, target: PlanTarget, device) -> Compiled:
 
 def _failed(program, watch, error, device, seconds) -> Compiled:
     choices = tuple(watch.choices)
-    needs = memory_needed(str(error))
+    needs = memory_needed(str(error), device_bytes(program.arguments))
     if needs is not None:
         return Compiled(program.name, seconds, choices, needs=needs)
     lines = failed_kernels(choices, lambda c: try_kernel(c, device))
@@ -111,13 +111,21 @@ def _failed(program, watch, error, device, seconds) -> Compiled:
     )
 
 
-def memory_needed(message: str) -> float | None:
-    """Bytes that XLA says the program would use where it does not fit; else None."""
+def memory_needed(message: str, arguments: int = 0) -> float | None:
+    """Bytes that XLA says the program would use where it does not fit; else None.
+
+    Args:
+        message: of the exception.
+        arguments: bytes of the arguments, which one of XLA's messages leaves out.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     found = re.search(r"Used ([\d.]+)([BKMGT]) of", message)
     if found:
         return float(found.group(1)) * _UNITS[found.group(2)]
+    found = re.search(r"HLO temporaries \(([\d.]+)([BKMGT])\)", message)
+    if found:
+        return float(found.group(1)) * _UNITS[found.group(2)] + arguments
     found = re.search(r"allocate ([\d.]+)\s*([BKMGT])i?B?", message)
     return float(found.group(1)) * _UNITS[found.group(2)] if found else None
 

@@ -153,24 +153,28 @@ class Module:
         if known:
             return int(known.group(1))
         for name in loop.called.get("condition", []):
-            condition = self.computations.get(name, {})
-            bounds = [
-                int(i.literal)
-                for i in condition.values()
-                if i.opcode == "constant" and re.fullmatch(r"\d+", i.literal)
-            ]
-            if len(bounds) == 1 and "LT" in str(
-                [i.attributes for i in condition.values()]
-                + [
-                    i.attributes
-                    for inner in condition.values()
-                    for names in inner.called.values()
-                    for n in names
-                    for i in self.computations.get(n, {}).values()
-                ]
-            ):
-                return bounds[0]
+            return self._bound(self.computations.get(name, {}))
         return None
+
+    def _bound(self, condition: dict) -> int | None:
+        """N of a condition that is "counter < N", the counter an entry of the carry."""
+        root = next((i for i in condition.values() if i.is_root), None)
+        if root is None:
+            return None
+        inputs = [condition[n] for n in root.operands if n in condition]
+        inner = {}
+        for called in root.called.get("calls", []):
+            inner = self.computations.get(called, {})
+        test = next((i for i in inner.values() if i.is_root), root)
+        inputs += [i for i in inner.values() if i.opcode != "parameter" and i != test]
+        numbers = [i for i in inputs if i.opcode == "constant"]
+        others = {i.opcode for i in inputs} - {"constant"}
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        if others != {"get-tuple-element"} or len(numbers) != 1:
+            return None
+        is_integer = re.match(r"[su]\d+\[\]", numbers[0].shape)
+        return int(numbers[0].literal) if is_integer else None
 
     def each(self):
         """(times run, times called, fused?, computation, instruction) of all."""

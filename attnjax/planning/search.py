@@ -1,7 +1,7 @@
 """Trying meshes, remat policies and micro-batches; the fastest that fit come first.
 
-Every combination is first weighed by a formula, which orders them; then they are
-compiled in that order until enough are known to fit.
+Every combination is first weighed by a formula. The cheapest that should fit is
+compiled; what the compiler then says corrects the formula for the next.
 """
 
 import copy
@@ -85,14 +85,29 @@ def search(
     Raises:
         UserError: the batch cannot be spread over the target's devices at all.
     """
-    ordered = settings(config, target)
+    waiting = settings(config, target)
+    possible, usable, ratio = len(waiting), planner.usable_bytes(target), 1.0
     plans: list[Plan] = []
-    for count, one in enumerate(ordered[:tries]):
-        say(f"{count + 1}/{min(tries, len(ordered))}: {describe(one)}")
+    while waiting and len(plans) < tries:
+        one = _next(waiting, usable / ratio)
+        waiting.remove(one)
+        say(f"{len(plans) + 1}/{min(tries, possible)}: {describe(one)}")
         plans.append(planner.plan(one.apply(config), target, decode=False))
+        total = plans[-1].train.total
+        if total is not None and total > usable:
+            # The formula was too hopeful; the rest is judged by what was seen.
+            ratio = max(ratio, total / one.memory)
         if sum(bool(p.train.fits) for p in plans) >= enough:
             break
-    return Found(tuple(sorted(plans, key=_rank)), len(ordered))
+    return Found(tuple(sorted(plans, key=_rank)), possible)
+
+
+def _next(waiting: list[Setting], room: float) -> Setting:
+    """The cheapest that should fit, else the one that needs the least memory."""
+    fitting = [s for s in waiting if s.memory <= 0.9 * room]
+    if fitting:
+        return min(fitting, key=lambda s: s.cost)
+    return min(waiting, key=lambda s: s.memory)
 
 
 def _rank(plan: Plan):
@@ -113,7 +128,7 @@ def describe(one: Setting) -> str:
 
 
 def settings(config: dict, target: PlanTarget) -> list[Setting]:
-    """All combinations, the most promising first: what seems to fit, by cost."""
+    """All combinations, the cheapest by formula first."""
     facts = _Facts.of(config, target)
     found = [
         facts.setting(data, fsdp, tensor, remat, accumulate)
@@ -127,14 +142,7 @@ def settings(config: dict, target: PlanTarget) -> list[Setting]:
             f"some mesh of {target.count} devices; got batch_size={facts.batch}. Use a "
             f"multiple of {target.count}."
         )
-    usable = planner.usable_bytes(target)
-    return sorted(
-        found,
-        key=lambda s: (
-            s.memory > 0.9 * usable,
-            s.cost if s.memory <= 0.9 * usable else s.memory,
-        ),
-    )
+    return sorted(found, key=lambda s: (s.cost, s.memory))
 
 
 def _meshes(count: int, facts: "_Facts") -> Iterator[tuple[int, int, int]]:
@@ -214,6 +222,8 @@ class _Facts:
         sent = 0.0
         if fsdp > 1:
             sent += 3.0 * self.params / tensor * accumulate
+            # The compiler also splits activations over fsdp, and exchanges them.
+            sent += 4.0 * residual * accumulate
         if data > 1:
             sent += 4.0 * self.params / (fsdp * tensor) * accumulate
         if tensor > 1:

@@ -38,6 +38,10 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 1024
     config.data.packing = "windows"
 
+    config.task = ConfigDict()
+    # Over all devices: a shard of it is what one holds.
+    config.task.loss_chunk = 131_072
+
     config.optim = ConfigDict()
     config.optim.name = "adamw"
     config.optim.learning_rate = 2e-4

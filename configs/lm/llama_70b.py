@@ -35,6 +35,10 @@ def get_config() -> ConfigDict:
     config.data.eot_token = 128001
     config.data.seq_len = 4096
 
+    config.task = ConfigDict()
+    # Over all devices: a shard of it is what one holds.
+    config.task.loss_chunk = 65_536
+
     config.optim = ConfigDict()
     config.optim.name = "adamw"
     config.optim.learning_rate = 1.5e-4
