@@ -23,7 +23,8 @@ ORDER = [
     {"data"},
     {"tasks"},
     {"training"},
-    {"decoding", "analysis", "studies", "planning"},
+    {"decoding"},
+    {"analysis", "studies", "planning"},
     {"benchmarks", "conformance"},
 ]
 ALONE = {"core": set(), "kernels": set(), "data": {"core"}}
