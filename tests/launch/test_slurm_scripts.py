@@ -173,6 +173,31 @@ def test_point_that_runs_elsewhere_is_no_failure(tmp_path):
     assert run_rendered(tmp_path, [76])[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("index", "code", "said"),
+    [(0, 0, "begun\n"), (1, 75, "saved; requeueing 9_1.\nrequeue 9_1\n"), (2, 2, "")],
+)
+def test_array_script_runs_the_line_of_its_element(tmp_path, index, code, said):
+    for name, body in {"srun": '"$@"', "scontrol": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = "echo begun  # seed=0\nsh -c 'exit 75'  # seed=1\n"
+    (tmp_path / "points.txt").write_text(lines)
+    array = next(path for path in SCRIPTS if path.name == "sweep_array.sbatch")
+    done = subprocess.run(
+        [str(array), str(tmp_path / "points.txt")],
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "SLURM_ARRAY_TASK_ID": str(index),
+            "SLURM_ARRAY_JOB_ID": "9",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (code, said)
+    assert ("has no line 3" in done.stderr) == (code == 2)
+
+
 def test_launch_submits_what_is_left_and_remembers_it(study, programs, capsys):
     settings = write_settings(study.workdir, {"form": "sbatch", "time": 7})
     options = Options(jobs=2, retries=0, slurm=str(settings))
