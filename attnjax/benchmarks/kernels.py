@@ -2,7 +2,8 @@
 
 Each case is one computation, forward and backward, by several programs that take
 turns. Against other libraries the ratio is their time over ours; a variant of ours
-is compared with our plain causal form of the same shape.
+is compared with our plain causal form of the same shape, and linear attention in
+chunks with the recurrence over tokens.
 """
 
 import dataclasses
@@ -117,11 +118,42 @@ def variants(length: int, *, rounds: int = 9, calls: int = 1) -> Case:
     return Case(f"variants T{length}", shape, programs, rounds, calls)
 
 
+LINEAR = {
+    "gated delta rule": kernels.LinearSpec("token", delta=True),
+    "gated linear attention": kernels.LinearSpec("channel"),
+}
+
+
+def against_the_recurrence(name: str, shape: Shape, *, rounds: int = 5) -> Case:
+    """`kernels.linear_attention` in chunks against its `lax.scan` over tokens."""
+    spec = LINEAR[name]
+
+    def program(implementation):
+        # Decays and beta come from the arguments, as in a model: their gradients
+        # are part of the work, and the compiler cannot fold them away.
+        def run(q, k, v):
+            decay = k if spec.decay == "channel" else k[..., 0]
+            operands = {"log_decay": -0.2 * jax.nn.sigmoid(decay)}
+            if spec.delta:
+                operands["beta"] = jax.nn.sigmoid(v[..., 0])
+            k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+            return kernels.linear_attention(
+                q, k, v, spec, operands, implementation=implementation
+            )
+
+        return run
+
+    programs = {"in chunks": program("blocked"), "lax.scan": program("reference")}
+    case = f"{name} T{shape.length} H{shape.heads} D{shape.dim}"
+    return Case(case, shape, programs, rounds, 1)
+
+
 def all_cases() -> list[Case]:
     """Every case of `python -m attnjax.bench kernels`."""
     small = [against_peers(shape, rounds=25, calls=20) for shape in SMALL]
     large = [against_peers(shape) for shape in LARGE]
-    return [*small, *large, variants(4096)]
+    linear = [against_the_recurrence(name, Shape(1, 2048, 4, 4, 64)) for name in LINEAR]
+    return [*small, *large, variants(4096), *linear]
 
 
 def run(

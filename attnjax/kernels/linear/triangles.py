@@ -7,15 +7,13 @@ log-decay g [..., L, 1 or D]; the triangle is [..., L, G, L], its diagonal inclu
 import jax
 import jax.numpy as jnp
 
-# Tokens of the smallest block, where exponents are taken pair by pair.
-_BLOCK = 8
-
 
 def decayed_products(q, k, g) -> jax.Array:
     """sum_d q_td k_sd exp(g_td - g_sd) for s <= t, 0 for s > t.
 
     No exponent is positive for a decay: scalars are subtracted before exp; channels
-    are split at the middle of ever larger blocks, and both halves decay towards it.
+    are split at the middle of ever larger blocks, and both halves decay towards it, so
+    that there are matmuls alone and one exp a token, channel and block size.
     """
     if g is None:
         return _lower(rows(q, k), 0)
@@ -23,8 +21,9 @@ def decayed_products(q, k, g) -> jax.Array:
         found = rows(q, k)
         gap = g[..., :, None, :] - g[..., None, None, :, 0]
         return _lower(found * jnp.exp(_lower(gap, 0)), 0)
-    size = min(_BLOCK, g.shape[-2])
-    found = _pairwise(*(_blocks(x, size, axis) for x, axis in _axes(q, k, g)))
+    # Blocks of one token: no decay between a token and itself.
+    size = 1
+    found = jnp.sum(q * k[..., None, :], axis=-1)[..., None, :, None]
     while size < g.shape[-2]:
         below = _across(*(_blocks(x, 2 * size, axis) for x, axis in _axes(q, k, g)))
         found = found.reshape(*below.shape[:-3], 2, *below.shape[-3:])
@@ -45,15 +44,6 @@ def _blocks(x: jax.Array, size: int, axis: int) -> jax.Array:
     """[..., L, *rest] -> [..., L / size, size, *rest]."""
     axis += x.ndim
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-
-
-def _pairwise(q, k, g) -> jax.Array:
-    """One small block, an exponent for every pair and channel."""
-    size = g.shape[-2]
-    seen = jnp.tri(size, dtype=bool)[..., None]
-    gap = jnp.where(seen, g[..., :, None, :] - g[..., None, :, :], 0)
-    keys = jnp.where(seen, k[..., None, :, :] * jnp.exp(gap), 0)
-    return jnp.sum(q[..., :, :, None, :] * keys[..., :, None, :, :], axis=-1)
 
 
 def _across(q, k, g) -> jax.Array:
@@ -86,21 +76,19 @@ def _lower(x: jax.Array, fill) -> jax.Array:
 def unit_inverse(a: jax.Array) -> jax.Array:
     """(I + A)^-1 of strictly lower A [..., L, L], L a power of 2, by matmuls.
 
-    With the inverse X of the diagonal blocks of a size known, that of the blocks of
-    twice the size is X - X A' X, where A' is A between the two halves: nothing
+    With the inverses X, Y of both halves of the diagonal, what is below them is
+    -Y A' X, where A' is A below them: blocks double from one token on, and nothing
     grows on the way, unlike the powers of A.
     """
-    size = a.shape[-1]
-    place = jnp.arange(size)
-    found = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
-    half = 1
-    while half < size:
-        block = place // half
-        between = (block[:, None] % 2 == 1) & (block[:, None] == block[None] + 1)
-        off = jnp.where(between, a, 0)
-        found = found - (off if half == 1 else found @ off @ found)
-        half *= 2
-    return found
+    half = a.shape[-1] // 2
+    if half == 0:
+        return jnp.ones_like(a)
+    halves = jnp.stack([a[..., :half, :half], a[..., half:, half:]], axis=-3)
+    both = unit_inverse(halves)
+    first, second = both[..., 0, :, :], both[..., 1, :, :]
+    below = -(second @ a[..., half:, :half] @ first)
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([below, second], axis=-1)], axis=-2)
 
 
 def _inverse_forward(a):
