@@ -102,3 +102,11 @@ def test_a_scatter_needs_its_cost(runs):
     bare = [dataclasses.replace(run, summary={}) for run in runs]
     found = results.summarise(bare, Table(rows=("layers", "embed_dim")))
     assert plots.scatter(found, "flops", "FLOPs/token") is None
+
+
+def test_an_unfinished_run_of_the_baseline_makes_no_pair(tmp_path):
+    folder = made.write_sweep(tmp_path / "s", unfinished=[("attention", 1)])
+    found, _ = collect(folder)
+    table = Table(rows=("mixer",), baseline={"mixer": "attention"})
+    row = results.summarise(found, table).rows[1]
+    assert row.cells[(), "eval/loss"].difference.n == 2
