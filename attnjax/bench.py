@@ -1,4 +1,4 @@
-"""Measurements: python -m attnjax.bench kernels|mixers|train [--filter RE]."""
+"""Measurements: python -m attnjax.bench kernels|mixers|train|seeds [--filter RE]."""
 
 import dataclasses
 import importlib
@@ -18,14 +18,15 @@ class Flags:
 
     Attributes:
         what: kernels (attention against the implementations of other libraries),
-            mixers (every mechanism against plain attention), or train (a training
-            step against PyTorch and against plain JAX).
+            mixers (every mechanism against plain attention), train (a training
+            step against PyTorch and against plain JAX), or seeds (several seeds in
+            one program against separate runs).
         filter: regular expression of the rows to measure (none: all).
         json: a file for the results with machine and versions (none: the table
             alone).
     """
 
-    what: Literal["kernels", "mixers", "train"] = positional()
+    what: Literal["kernels", "mixers", "train", "seeds"] = positional()
     filter: str | None = None
     json: str | None = None
 
