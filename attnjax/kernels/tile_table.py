@@ -117,6 +117,37 @@ def _tile_and_mask(plan: BlockPlan, operands: Arrays, place):
     return tile, mask
 
 
+def _seen_and_full(plan: BlockPlan):
+    """operands -> (seen, full), bool [num_q, num_k]: whether a tile's mask shows
+    anything, and everything.
+
+    Under vmap the mapped axis counts as more rows of the batch: one table serves all
+    of it, so loops over tiles keep one length and their blocks one index.
+    """
+
+    def evaluate(operands: Arrays):
+        def row(i):
+            place = (i * plan.block_q, plan.block_q, 0, plan.num_k * plan.block_k)
+            _, mask = _tile_and_mask(plan, operands, place)
+            mask = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
+            whole = (*mask.shape[:2], plan.block_q, place[3])
+            mask = jnp.broadcast_to(mask, whole).reshape(-1, plan.num_k, plan.block_k)
+            return mask.any((0, 2)), mask.all((0, 2))
+
+        return jax.lax.map(row, jnp.arange(plan.num_q, dtype=jnp.int32))
+
+    folded = jax.custom_batching.custom_vmap(evaluate)
+
+    @folded.def_vmap
+    def _(axis_size, in_batched, operands):
+        del axis_size
+        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[0])
+        seen, full = jax.vmap(evaluate, in_axes=(axes,))(operands)
+        return (seen.any(0), full.all(0)), (False, False)
+
+    return folded
+
+
 def _sort_on_device(plan: BlockPlan, operands: Arrays, static: TileTable) -> TileTable:
     """Evaluate the mask of one row of tiles at a time, and sort what is left of the
     static table."""
@@ -125,15 +156,7 @@ def _sort_on_device(plan: BlockPlan, operands: Arrays, static: TileTable) -> Til
         open_tiles[i, static.full[i, : static.num_full[i]]] = True
         open_tiles[i, static.partial[i, : static.num_partial[i]]] = True
 
-    def row(i):
-        place = (i * plan.block_q, plan.block_q, 0, plan.num_k * plan.block_k)
-        _, mask = _tile_and_mask(plan, operands, place)
-        mask = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
-        whole = (*mask.shape[:2], plan.block_q, place[3])
-        mask = jnp.broadcast_to(mask, whole).reshape(-1, plan.num_k, plan.block_k)
-        return mask.any((0, 2)), mask.all((0, 2))
-
-    seen, full = jax.lax.map(row, jnp.arange(plan.num_q, dtype=jnp.int32))
+    seen, full = _seen_and_full(plan)(operands)
     full = full & open_tiles
     partial = seen & open_tiles & ~full
 
