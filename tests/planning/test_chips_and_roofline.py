@@ -1,0 +1,56 @@
+"""Time bounds on chips, by hand."""
+
+import pytest
+
+from attnjax.planning import roofline
+from attnjax.planning.chips import CHIPS
+from attnjax.planning.collectives import Collective
+from attnjax.planning.hlo import Costs
+
+H200, V5E = CHIPS["h200"], CHIPS["v5e"]
+
+
+def _estimate(chip, costs, rows=(), *, dtype="bfloat16", optimal=None, model=0.0):
+    return roofline.estimate(
+        chip,
+        costs,
+        list(rows),
+        dtype=dtype,
+        model_flops=model,
+        optimal_seconds=optimal,
+    )
+
+
+def test_the_largest_bound_counts():
+    costs = Costs(989.4e12, 2.4e12, (1.0, 1.0), 0)
+    found = _estimate(H200, costs, model=989.4e12 / 2)
+    assert (found.compute, found.memory) == (1.0, 0.5)
+    assert (found.step, found.mfu) == (1.0, 0.5)
+    assert found.method == roofline.ROOFLINE
+
+
+def test_float32_has_its_own_peak():
+    costs = Costs(67e12, 0.0, (1.0, 1.0), 0)
+    assert _estimate(H200, costs, dtype="float32").compute == 1.0
+
+
+def test_communication_across_nodes_takes_the_network():
+    costs = Costs(0.0, 0.0, (0.0, 0.0), 0)
+    near = Collective("all-gather", 8, False, 1, 450e9)
+    far = Collective("all-gather", 8, True, 1, 450e9)
+    assert _estimate(H200, costs, [near]).network == pytest.approx(7 / 8)
+    assert _estimate(H200, costs, [far]).network == pytest.approx(9 * 7 / 8)
+
+
+def test_the_compilers_own_figure_is_scaled_by_the_loops():
+    costs = Costs(6 * 197e12, 0.0, (2 * 197e12, 0.0), 0)
+    found = _estimate(V5E, costs, optimal=2.5)
+    assert found.step == pytest.approx(7.5)
+    assert found.method == roofline.XLA
+
+
+def test_a_negative_figure_of_the_compiler_is_not_used_and_told():
+    costs = Costs(197e12, 0.0, (197e12, 0.0), 0)
+    found = _estimate(V5E, costs, optimal=-3.0)
+    assert found.step == 1.0
+    assert "not a positive time" in found.method
