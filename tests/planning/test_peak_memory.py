@@ -1,6 +1,6 @@
 """Predicted temporaries against the memory that the first step really takes.
 
-Slow: 1.2 GB and half a minute. Run by hand: pytest -m slow tests/planning.
+Slow: about 2 GB and half a minute. Run by hand: pytest -m slow tests/planning.
 """
 
 import json
@@ -18,7 +18,7 @@ from attnjax.core import config as configs
 from attnjax.planning import problem, targets
 from attnjax.training import experiment, start
 given = configs.load_file("configs/quickstart.py")
-given = configs.apply_overrides(given, [("train.batch_size", "64")])
+given = configs.apply_overrides(given, [("train.batch_size", "128")])
 target = targets.parse("cpu:1")
 targets.prepare(target)
 here = problem.experiment(experiment.resolve(given), target, targets.devices(target))
