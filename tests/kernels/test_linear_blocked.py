@@ -1,6 +1,7 @@
 """The chunked form against the float64 recurrence, forward and backward."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -29,6 +30,16 @@ def flag_id(flags):
 def jitted(function):
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(function, compiler_options=options)
+
+
+@functools.cache
+def program(spec, implementation="auto"):
+    """The compiled function of (arrays, operands)."""
+    return jitted(
+        lambda arrays, operands: kernels.linear_attention(
+            *arrays, spec, operands, implementation=implementation
+        )
+    )
 
 
 def make_arrays(spec, *, packed=False, length=LENGTH, dtype="float64", seed=0):
@@ -159,11 +170,8 @@ def test_output_does_not_depend_on_the_chunk_size(chunk_size, delta):
         "channel", delta, chunk_size=chunk_size, return_state=True
     )
     arrays, operands = make_arrays(spec, packed=True)
-    wanted = kernels.linear_attention(
-        *arrays, spec, operands, implementation="reference"
-    )
-    run = jitted(lambda a, o: kernels.linear_attention(*a, spec, o))
-    close(run(arrays, operands), wanted, 1e-10)
+    wanted = program(spec, "reference")(arrays, operands)
+    close(program(spec)(arrays, operands), wanted, 1e-10)
 
 
 @pytest.mark.parametrize("decay", ["head", "token", "channel"])
@@ -185,7 +193,7 @@ def test_constant_decay_of_minus_fifty_forgets_everything():
     spec = kernels.LinearSpec("channel", chunk_size=16)
     (q, k, v), operands = make_arrays(spec, dtype="float32", length=37)
     operands["log_decay"] = jnp.full_like(operands["log_decay"], -50)
-    found = kernels.linear_attention(q, k, v, spec, operands)
+    found = program(spec)((q, k, v), operands)
     alone = jnp.einsum("bthd,bthd->bth", q, jnp.repeat(k, 2, 2))[..., None]
     close(found, alone * jnp.repeat(v, 2, 2), 1e-5)
 
@@ -198,12 +206,11 @@ def test_packed_documents_equal_documents_alone(decay):
     cuts = [0, 5, 6, 16, LENGTH]
     lengths = np.diff(cuts)
     ids = np.repeat(np.arange(1, 5), lengths)[None].repeat(BATCH, 0)
-    packed = kernels.linear_attention(
-        *arrays, spec, {**operands, "segment_ids": jnp.asarray(ids)}
-    )
+    run = program(spec)
+    packed = run(arrays, {**operands, "segment_ids": jnp.asarray(ids)})
     for start, end in itertools.pairwise(cuts):
         some, part = jax.tree.map(lambda x: x[:, start:end], (arrays, operands))  # noqa: B023
-        close(packed[:, start:end], kernels.linear_attention(*some, spec, part), 1e-10)
+        close(packed[:, start:end], run(some, part), 1e-10)
 
 
 @pytest.mark.parametrize("flags", FLAGS[::2], ids=flag_id)
@@ -211,7 +218,13 @@ def test_cuts_into_steps_equal_the_whole(flags):
     decay, delta, normalise, _ = flags
     spec = kernels.LinearSpec(decay, delta, normalise, chunk_size=4, return_state=True)
     arrays, operands = make_arrays(spec, length=7)
-    whole = kernels.linear_attention(*arrays, spec, operands)
+    run = program(spec)
+    step = jitted(
+        lambda arrays, state, operands: kernels.linear_attention_step(
+            *arrays, state, spec, operands
+        )
+    )
+    whole = run(arrays, operands)
     state, found = operands.pop("initial_state"), []
 
     def take(start, end):
@@ -221,11 +234,11 @@ def test_cuts_into_steps_equal_the_whole(flags):
 
     some, part = take(0, 4)
     part["initial_state"] = state
-    out, state = kernels.linear_attention(*some, spec, part)
+    out, state = run(some, part)
     found.append(out)
     for t in range(4, 7):
         some, part = take(t, t + 1)
-        out, state = kernels.linear_attention_step(*some, state, spec, part)
+        out, state = step(some, state, part)
         found.append(out)
     close((jnp.concatenate(found, 1), state), whole, 1e-10)
 
@@ -248,9 +261,9 @@ def test_a_step_into_another_document_starts_from_nothing():
 def test_bfloat16_keeps_its_dtype_and_a_float32_state():
     spec = kernels.LinearSpec("token", True, return_state=True)
     arrays, operands = make_arrays(spec)
-    wanted, _ = kernels.linear_attention(*arrays, spec, operands)
-    narrow = [x.astype("bfloat16") for x in arrays]
-    out, state = kernels.linear_attention(*narrow, spec, operands)
+    wanted, _ = program(spec)(arrays, operands)
+    narrow = tuple(x.astype("bfloat16") for x in arrays)
+    out, state = program(spec)(narrow, operands)
     assert out.dtype == "bfloat16" and state.dtype == "float32"
     assert np.quantile(np.abs(out.astype("float64") - wanted), 0.9) < 0.05
 
@@ -269,5 +282,5 @@ def test_output_ignores_future_tokens():
     arrays, operands = make_arrays(spec)
     later = jnp.arange(LENGTH)[:, None, None] > 9
     changed = [jnp.where(later, x + 1, x) for x in arrays]
-    run = jitted(lambda *a: kernels.linear_attention(*a, spec, operands))
-    close(run(*changed)[:, :10], run(*arrays)[:, :10], 1e-12)
+    run = program(spec)
+    close(run(tuple(changed), operands)[:, :10], run(arrays, operands)[:, :10], 1e-12)
