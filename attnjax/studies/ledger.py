@@ -79,6 +79,30 @@ def current(workdir: Path, point_hash: str) -> State:
     return state
 
 
+def settle(workdir: Path, point_hash: str, run: Path) -> State:
+    """The state, put right where its process died: "done" or "pending".
+
+    What is written is for readers of the files alone; nothing depends on it.
+
+    Args:
+        workdir: of the sweep.
+        point_hash: which point.
+        run: the point's run directory.
+    """
+    state = current(workdir, point_hash)
+    word, error = state.state, state.error
+    if is_done(run):
+        word, error = "done", None
+    elif word == "done":
+        word, error = "pending", "its run is not there"
+    settled = dataclasses.replace(state, state=word, error=error)
+    if settled == read(workdir, point_hash):
+        return settled
+    with contextlib.suppress(Busy, UserError), hold(workdir, point_hash, patience=0):
+        write(workdir, settled)
+    return settled
+
+
 def write(workdir: Path, state: State) -> None:
     """Replace the state of a point."""
     with disk.disk_errors("state"):
@@ -116,7 +140,7 @@ def is_held(workdir: Path, point_hash: str) -> bool:
 
 
 class Busy(Exception):
-    """Another process runs the point."""
+    """Another process holds the lock, so it runs the point."""
 
 
 @contextlib.contextmanager
@@ -131,27 +155,43 @@ def hold(workdir: Path, point_hash: str, *, patience: float = 2.0) -> Iterator[N
     Raises:
         Busy: another process runs it.
     """
+    with locked(_lock_path(workdir, point_hash), patience=patience):
+        yield
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, patience: float = 60.0) -> Iterator[None]:
+    """Hold the lock of a file, which is made when missing.
+
+    Raises:
+        Busy: another process holds it for longer than `patience` seconds.
+        UserError: the file system cannot lock, or the disk is full or forbidden.
+    """
     with disk.disk_errors("state"):
-        path = _lock_path(workdir, point_hash)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise UserError(
-                        f"state: the file system of {str(path)!r} cannot lock files "
-                        f"({error.strerror}). Choose another --workdir."
-                    ) from None
-                if time.monotonic() > until:
-                    raise Busy(point_hash) from None
-                time.sleep(0.05)
+        while not _locks(handle, path):
+            if time.monotonic() > until:
+                raise Busy(str(path))
+            time.sleep(0.05)
         yield
     finally:
         os.close(handle)
+
+
+def _locks(handle: int, path: Path) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise UserError(
+            f"state: the file system of {str(path)!r} cannot lock files "
+            f"({error.strerror}). Choose another --workdir."
+        ) from None
+    return True
 
 
 def _lock_path(workdir: Path, point_hash: str) -> Path:

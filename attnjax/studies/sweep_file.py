@@ -12,12 +12,13 @@ from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.core.userfile import read_source, run_file, told_as_user_error
+from attnjax.studies import ledger
+from attnjax.studies.places import FOLDERS, STUDY, config_path, run_directory
 from attnjax.studies.points import Point, find_config
 from attnjax.studies.table import Table
 from attnjax.training import disk, experiment
 
 OWNER = "--sweep"
-STUDY = "sweep.json"
 FORMAT = 1
 _HASH_LETTERS = 16
 
@@ -66,10 +67,21 @@ class Study:
         return run_directory(self.workdir, point.hash)
 
     def write(self) -> None:
-        """Put the points' configs and sweep.json into the directory."""
+        """Put the points' configs and sweep.json into the directory.
+
+        Raises:
+            UserError: the directory is a run's, or the disk is full or forbidden.
+        """
+        if (self.workdir / "manifest.json").exists():
+            raise UserError(
+                f"--workdir: {str(self.workdir)!r} is the directory of one run. Give "
+                "the sweep one of its own."
+            )
         with disk.disk_errors("workdir"):
-            for folder in ("configs", "points", "state", "logs"):
+            for folder in FOLDERS:
                 (self.workdir / folder).mkdir(parents=True, exist_ok=True)
+        # One driver at a time: atomic writes of one name use one temporary file.
+        with ledger.locked(self.workdir / ".lock"), disk.disk_errors("workdir"):
             for one in self.points:
                 path = config_path(self.workdir, one.hash)
                 if not path.is_file():
@@ -92,16 +104,6 @@ class Study:
                 for one in self.points
             ],
         }
-
-
-def run_directory(workdir: Path, point_hash: str) -> Path:
-    """Where a point's run is."""
-    return Path(workdir) / "points" / point_hash
-
-
-def config_path(workdir: Path, point_hash: str) -> Path:
-    """Where the driver leaves a point's resolved config for its worker."""
-    return Path(workdir) / "configs" / f"{point_hash}.json"
 
 
 def load(path: str | Path, workdir: str | Path) -> Study:

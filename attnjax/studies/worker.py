@@ -6,15 +6,23 @@ its run directory as `python -m attnjax.train` would.
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from attnjax.core import cli
-from attnjax.core.errors import EXIT_FAULT, EXIT_OK, EXIT_SAVED
+from attnjax.core.errors import (
+    EXIT_FAULT,
+    EXIT_OK,
+    EXIT_SAVED,
+    EXIT_USER,
+    UserError,
+)
 from attnjax.core.flags import parse_command_line
 from attnjax.studies import ledger
-from attnjax.studies.sweep_file import config_path, run_directory
+from attnjax.studies.places import config_path, run_directory
 from attnjax.training import disk, provenance
-from attnjax.training.signals import StopSignal
+from attnjax.training.signals import StopRequested, StopSignal, leave
 
 EXIT_BUSY = 76  # another process runs the point
 
@@ -42,46 +50,16 @@ def main(argv: list[str]) -> int:
 
 def work(workdir: Path, point_hash: str) -> int:
     """Run or resume a point; see `main`."""
-    cure = "Run `python -m attnjax.sweep` on this directory again."
-    path = config_path(workdir, point_hash)
-    config = disk.read_json(path, owner="sweep", cure=cure)
-    run = run_directory(workdir, point_hash)
     with StopSignal() as signals:
         try:
             with ledger.hold(workdir, point_hash):
                 state = ledger.begun(ledger.read(workdir, point_hash))
                 ledger.write(workdir, state)
-                code, error = _train(config, run, signals)
-                ledger.write(workdir, _ended(state, code, error, run))
-                return code
+                code, error = _told(partial(_train, workdir, point_hash, signals))
+                return _end(workdir, state, code, error)
         except ledger.Busy:
             print(f"{point_hash}: another process runs it.", flush=True)
             return EXIT_BUSY
-
-
-def _train(config: dict, run: Path, signals: StopSignal) -> tuple[int, str | None]:
-    from attnjax.decoding.run import sample_text
-    from attnjax.training.run import train
-
-    try:
-        code = train(config, run, sample=sample_text, signals=signals)
-        return code, None
-    except Exception as error:
-        code = cli.report(error)
-        told = cli.as_user_error(error)
-        text = str(told) if told else f"{type(error).__name__}: {error}"
-        return code, " ".join(text.split())
-
-
-def _ended(
-    state: ledger.State, code: int, error: str | None, run: Path
-) -> ledger.State:
-    if code == EXIT_OK and not ledger.is_done(run):
-        code, error = EXIT_FAULT, "the training ended without a summary"
-    word = {EXIT_OK: "done", EXIT_SAVED: "pending"}.get(code, "failed")
-    return dataclasses.replace(
-        state, state=word, ended=provenance.now(), exit_code=code, error=error
-    )
 
 
 def command(workdir: Path, point_hash: str) -> list[str]:
@@ -89,6 +67,65 @@ def command(workdir: Path, point_hash: str) -> list[str]:
     module = "attnjax.studies.worker"
     words = [sys.executable, "-m", module, "--workdir", str(workdir)]
     return [*words, "--hash", point_hash]
+
+
+def _train(workdir: Path, point_hash: str, signals: StopSignal) -> int:
+    """Train the point; the exit code.
+
+    A signal before the first step ends the process in here. Whoever reads "running"
+    then finds the lock free and takes the point for pending.
+    """
+    try:
+        with signals.interrupting():
+            train = _prepare(workdir, point_hash)
+    except StopRequested:
+        print(f"{signals.requested}: nothing was begun.", flush=True)
+        leave(EXIT_SAVED)
+    return train(signals=signals)
+
+
+def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:
+    """What trains the point; the imports take seconds."""
+    path = config_path(workdir, point_hash)
+    if not path.is_file():
+        raise UserError(
+            f"--hash: the sweep in {str(workdir)!r} has no point {point_hash!r}. Begin "
+            "it with `python -m attnjax.sweep`."
+        )
+    config = disk.read_json(path, owner="sweep", cure="Delete it; run the sweep again.")
+    from attnjax.decoding.run import sample_text
+    from attnjax.training.run import train
+
+    run = run_directory(workdir, point_hash)
+    return partial(train, config, run, sample=sample_text)
+
+
+def _told(train: Callable[[], int]) -> tuple[int, str | None]:
+    """The exit code of the training, and what went wrong as one line."""
+    try:
+        return train(), None
+    except Exception as error:
+        code = cli.report(error)
+        told = cli.as_user_error(error)
+        text = str(told) if told else f"{type(error).__name__}: {error}"
+        return code, " ".join(text.split())
+
+
+def _end(workdir: Path, state: ledger.State, code: int, error: str | None) -> int:
+    """Write how the attempt ended; its exit code."""
+    if code == EXIT_OK and not ledger.is_done(run_directory(workdir, state.hash)):
+        code, error = EXIT_FAULT, "the training ended without a summary"
+    word = {EXIT_OK: "done", EXIT_SAVED: "pending"}.get(code, "failed")
+    ended = dataclasses.replace(
+        state, state=word, ended=provenance.now(), exit_code=code, error=error
+    )
+    try:
+        ledger.write(workdir, ended)
+    except UserError as unwritten:
+        if error is None:
+            print(f"error: {unwritten}", file=sys.stderr, flush=True)
+        return code or EXIT_USER
+    return code
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -18,10 +20,12 @@ from attnjax.core.errors import (
 from attnjax.studies import ledger, worker
 from attnjax.studies.launchers import Options
 from attnjax.studies.live import Display
+from attnjax.studies.places import log_path
 from attnjax.studies.sweep_file import Planned, Study
 from attnjax.training.signals import StopSignal
 
 POLL = 0.1
+_NO_ROOM = 64 * 1024  # bytes
 # Between two looks at a point that another driver runs.
 ELSEWHERE = 1.0
 
@@ -49,17 +53,21 @@ def launch(study: Study, options: Options) -> int:
             while driver.unfinished and signals.requested is None:
                 driver.turn()
                 time.sleep(POLL)
-            if signals.requested is not None:
-                driver.stop()
+            driver.stop()
+        except Exception:
+            driver.stop()
+            raise
         finally:
             driver.kill()
     if signals.requested is not None:
         print(f"{signals.requested}: {driver.summary()}. Run the same command again.")
         return EXIT_SAVED
-    print(driver.summary() + ".")
+    print(driver.summary() + ".", flush=True)
     for point, error in driver.failed.items():
-        print(f"failed: {study.by_hash[point].name}: {error}")
-    return EXIT_FAULT if driver.failed else EXIT_OK
+        print(f"error: {study.by_hash[point].name}: {error}", file=sys.stderr)
+    if driver.failed:
+        return EXIT_USER if driver.failed.keys() <= driver.mistaken else EXIT_FAULT
+    return EXIT_OK
 
 
 class _Driver:
@@ -72,9 +80,11 @@ class _Driver:
         self.elsewhere: dict[str, float] = {}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
+        self.mistaken: set[str] = set()
         self.crashes: collections.Counter[str] = collections.Counter()
         for point in study.points:
-            self._admit(point)
+            if self._is_free(point):
+                self.waiting.append(point)
         self.display.begin(len(self.done))
 
     @property
@@ -85,7 +95,10 @@ class _Driver:
     def turn(self) -> None:
         """Start what fits, take in what has ended."""
         while self.waiting and len(self.running) < self.options.jobs:
-            self._start(self.waiting.popleft())
+            point = self.waiting.popleft()
+            # Another driver may have begun or finished it since.
+            if self._is_free(point):
+                self._start(point)
         for job in list(self.running.values()):
             code = job.process.poll()
             if code is not None:
@@ -94,7 +107,7 @@ class _Driver:
         for point_hash, seen in list(self.elsewhere.items()):
             if time.monotonic() - seen > ELSEWHERE:
                 del self.elsewhere[point_hash]
-                self._admit(self.study.by_hash[point_hash])
+                self._return(self.study.by_hash[point_hash])
         self.display.update(self.running, len(self.waiting), len(self.elsewhere))
 
     def stop(self) -> None:
@@ -104,7 +117,9 @@ class _Driver:
         for job in list(self.running.values()):
             code = job.process.wait()
             del self.running[job.point.hash]
-            if code == EXIT_OK:
+            run = self.study.run_directory(job.point)
+            state = ledger.settle(self.study.workdir, job.point.hash, run)
+            if state.state == "done":
                 self._ended(job, code)
 
     def kill(self) -> None:
@@ -122,25 +137,37 @@ class _Driver:
         parts += [f"{left} left"] if left else []
         return ", ".join(parts)
 
-    def _admit(self, point: Planned) -> None:
-        """Put a point where its state says it belongs."""
-        state = ledger.current(self.study.workdir, point.hash)
-        if state.state == "done" or ledger.is_done(self.study.run_directory(point)):
+    def _is_free(self, point: Planned) -> bool:
+        """Whether a point is neither done nor run by somebody else; notes which."""
+        run = self.study.run_directory(point)
+        state = ledger.settle(self.study.workdir, point.hash, run).state
+        if state == "done":
             self.done.add(point.hash)
-        elif state.state == "running":
+        elif state == "running":
             self.elsewhere[point.hash] = time.monotonic()
+        return state not in ("done", "running")
+
+    def _return(self, point: Planned) -> None:
+        """Look again at a point that another process has run."""
+        if not self._is_free(point):
+            if point.hash in self.done:
+                self.display.note(f"done    {point.hash}  {point.name}  elsewhere")
+            return
+        state = ledger.read(self.study.workdir, point.hash)
+        if state.state == "failed":
+            self._failed(point, state.exit_code, state.error or "failed elsewhere")
         else:
             self.waiting.append(point)
 
     def _start(self, point: Planned) -> None:
         try:
             attempt = ledger.read(self.study.workdir, point.hash).attempt + 1
-            log = self.study.workdir / "logs" / f"{point.hash}.{attempt}.log"
+            log = log_path(self.study.workdir, point.hash, attempt)
             with open(log, "ab") as file:
                 process = self._process(point, file)
         except (OSError, UserError) as error:
             # A full disk, say: this point cannot run now; the others may.
-            self._fail(point, " ".join(str(error).split()))
+            self._give_up(point, EXIT_USER, " ".join(str(error).split()))
             return
         self.running[point.hash] = Job(point, process, log, time.monotonic())
         self.display.started(point, attempt)
@@ -164,35 +191,42 @@ class _Driver:
             self.elsewhere[point.hash] = time.monotonic()
         elif code == EXIT_SAVED:
             self.waiting.appendleft(point)
-        elif code == EXIT_USER:
-            self._fail(point, self._error(job, code))
         else:
-            self.crashes[point.hash] += 1
-            error = self._error(job, code)
-            if self.crashes[point.hash] > self.options.retries:
-                self._fail(point, error)
-            else:
-                self.display.crashed(point, error, self.crashes[point.hash])
-                self.waiting.append(point)
+            self._failed(point, code, self._error(job, code))
+
+    def _failed(self, point: Planned, code: int | None, error: str) -> None:
+        """A worker failed: try again, unless it is a mistake or has been enough."""
+        self.crashes[point.hash] += 1
+        if code == EXIT_USER or self.crashes[point.hash] > self.options.retries:
+            self._give_up(point, code, error)
+        else:
+            self.display.crashed(point, error, self.crashes[point.hash])
+            self.waiting.append(point)
 
     def _error(self, job: Job, code: int) -> str:
+        """What a worker that failed had to say, as one line."""
+        log = f"(log: {job.log})"
         if code < 0:
-            return f"killed by {signal.Signals(-code).name} (log: {job.log})"
+            return f"killed by {signal.Signals(-code).name} {log}"
         state = ledger.read(self.study.workdir, job.point.hash)
-        words = state.error or ledger.last_words(job.log) or f"exit code {code}"
-        return f"{words} (log: {job.log})"
+        words = state.error if state.pid == job.process.pid else None
+        words = words or ledger.last_words(job.log)
+        if words is None and shutil.disk_usage(self.study.workdir).free < _NO_ROOM:
+            words = "no space left on the disk, not even for a word of the worker"
+        return f"{words or f'exit code {code}'} {log}"
 
-    def _fail(self, point: Planned, error: str) -> None:
+    def _give_up(self, point: Planned, code: int | None, error: str) -> None:
         self.failed[point.hash] = error
+        if code == EXIT_USER:
+            self.mistaken.add(point.hash)
         self.display.failed(point, error)
+        workdir = self.study.workdir
         try:
-            with ledger.hold(self.study.workdir, point.hash, patience=0):
-                state = ledger.read(self.study.workdir, point.hash)
+            with ledger.hold(workdir, point.hash, patience=0):
+                state = ledger.read(workdir, point.hash)
                 if state.state != "failed":
-                    ledger.write(
-                        self.study.workdir,
-                        dataclasses.replace(state, state="failed", error=error),
-                    )
+                    failed = {"state": "failed", "exit_code": code, "error": error}
+                    ledger.write(workdir, dataclasses.replace(state, **failed))
         except (ledger.Busy, OSError, UserError):
             # Nobody can be told on a full disk; the next driver sees "pending".
             self.display.note(f"{point.name}: its state could not be written")
