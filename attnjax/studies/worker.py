@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from attnjax.core import cli
+from attnjax.core import cli, mappings
 from attnjax.core.errors import (
     EXIT_FAULT,
     EXIT_OK,
@@ -53,6 +53,10 @@ def work(workdir: Path, point_hash: str) -> int:
     with StopSignal() as signals:
         try:
             with ledger.hold(workdir, point_hash):
+                if ledger.is_done(run_directory(workdir, point_hash)):
+                    # By another driver, since ours looked.
+                    print(f"{point_hash}: is done.", flush=True)
+                    return EXIT_OK
                 state = ledger.begun(ledger.read(workdir, point_hash))
                 ledger.write(workdir, state)
                 code, error = _told(partial(_train, workdir, point_hash, signals))
@@ -92,9 +96,18 @@ def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:
             f"--hash: the sweep in {str(workdir)!r} has no point {point_hash!r}. Begin "
             "it with `python -m attnjax.sweep`."
         )
-    config = disk.read_json(path, owner="sweep", cure="Delete it; run the sweep again.")
+    cure = "Delete it; run the sweep again."
+    config = disk.read_json(path, owner="sweep", cure=cure)
     from attnjax.decoding.run import sample_text
+    from attnjax.training.experiment import IDENTITY_EXCLUDES
     from attnjax.training.run import train
+
+    digest = mappings.digest(config, exclude=IDENTITY_EXCLUDES)
+    if not digest.startswith(point_hash):
+        raise UserError(
+            f"sweep: {str(path)!r} is not the config of the point {point_hash!r}: it "
+            f"was changed. {cure}"
+        )
 
     run = run_directory(workdir, point_hash)
     return partial(train, config, run, sample=sample_text)
