@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attnjax.core.errors import UserError
 
@@ -25,11 +25,15 @@ class Point:
             file, in the folders above it, then in the current folder.
         overrides: dotted config keys without "config." -> JSON values.
         labels: what tells this point from the others, for tables: name -> value.
+        vectorize: whether one program trains this point with those that differ from it
+            in their seed or in numbers of the optimizer alone; "auto" measures first
+            and does so where it is faster.
     """
 
     config: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, Label] = dataclasses.field(default_factory=dict)
+    vectorize: bool | Literal["auto"] = False
 
     def __post_init__(self):
         for name, value in self.labels.items():
@@ -38,6 +42,12 @@ class Point:
                     "sweep: labels must be texts, numbers or bools; got "
                     f"{name}={value!r}."
                 )
+
+        if self.vectorize not in (True, False, "auto"):
+            raise UserError(
+                "sweep: vectorize must be True, False or 'auto'; got "
+                f"vectorize={self.vectorize!r}."
+            )
 
     def having(
         self,
@@ -107,13 +117,28 @@ def concat(*parts: Iterable[Point]) -> list[Point]:
     return [one for part in parts for one in part]
 
 
-def seeds(points: Iterable[Point], seeds: int | Sequence[int]) -> list[Point]:
-    """Every point with seeds 0..n-1, or the given ones; labelled "seed"."""
+def seeds(
+    points: Iterable[Point],
+    seeds: int | Sequence[int],
+    *,
+    vectorize: bool | Literal["auto"] = False,
+) -> list[Point]:
+    """Every point with seeds 0..n-1, or the given ones; labelled "seed".
+
+    Args:
+        points: the points to repeat.
+        seeds: how many, or which.
+        vectorize: whether one program trains the seeds of a point; see `Point`.
+    """
     numbers = range(seeds) if isinstance(seeds, int) else seeds
-    return [
+    repeated = [
         one.having({SEED: int(seed)}, {"seed": int(seed)})
         for one in points
         for seed in numbers
+    ]
+    return [
+        dataclasses.replace(one, vectorize=vectorize or one.vectorize)
+        for one in repeated
     ]
 
 

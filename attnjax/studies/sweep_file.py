@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.core.userfile import read_source, run_file, told_as_user_error
-from attnjax.studies import ledger
+from attnjax.studies import groups, ledger, worker
 from attnjax.studies.places import FOLDERS, STUDY, config_path, run_directory
 from attnjax.studies.points import Point, find_config
 from attnjax.studies.table import Table
@@ -34,6 +34,7 @@ class Planned:
         source: the config file as the sweep gives it.
         overrides: dotted key -> value.
         config: resolved.
+        vectorize: see `Point`.
     """
 
     hash: str
@@ -41,6 +42,7 @@ class Planned:
     source: str
     overrides: Mapping[str, Any]
     config: dict
+    vectorize: bool | Literal["auto"] = False
 
     @property
     def name(self) -> str:
@@ -65,6 +67,13 @@ class Study:
     def run_directory(self, point: Planned) -> Path:
         """Where a point's run is."""
         return run_directory(self.workdir, point.hash)
+
+    def command(self, point: Planned) -> list[str]:
+        """The words that run a point, and those it may take along, in a process."""
+        if point.vectorize:
+            how = point.vectorize
+            return groups.command(self.workdir, point.hash, vectorize=how)
+        return worker.command(self.workdir, point.hash)
 
     def write(self) -> None:
         """Put the points' configs and sweep.json into the directory.
@@ -122,6 +131,10 @@ def load(path: str | Path, workdir: str | Path) -> Study:
     for number, one in enumerate(points):
         settled.append(_settle(one, path, number, cache))
     _refuse_equals(settled)
+    together = {one.name: one.config for one in settled if one.vectorize}
+    if together:
+        with _at(path):
+            groups.check(together)
     table = _table(module, path)
     if table is not None:
         with _at(path):
@@ -184,7 +197,12 @@ def _settle(one: Point, path: Path, number: int, cache: dict) -> Planned:
         raise UserError(f"{OWNER}: {where}: {error}") from None
     digest = mappings.digest(config, exclude=experiment.IDENTITY_EXCLUDES)
     return Planned(
-        digest[:_HASH_LETTERS], one.labels, one.config, one.overrides, config
+        digest[:_HASH_LETTERS],
+        one.labels,
+        one.config,
+        one.overrides,
+        config,
+        one.vectorize,
     )
 
 

@@ -1,9 +1,9 @@
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -85,20 +85,21 @@ def test_a_held_point_is_refused_to_others(work, holder):
 
 
 def test_asking_does_not_keep_a_worker_from_its_point(work):
-    asking = multiprocessing.get_context("fork").Process(target=_ask, args=(work,))
+    ended = threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            ledger.is_held(work, POINT)
+
+    asking = threading.Thread(target=ask)
     asking.start()
     try:
         for _ in range(50):
             with ledger.hold(work, POINT):
                 pass
     finally:
-        asking.kill()
+        ended.set()
         asking.join()
-
-
-def _ask(work):
-    while True:
-        ledger.is_held(work, POINT)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"state": "lost"}'])

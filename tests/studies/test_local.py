@@ -12,7 +12,7 @@ import time
 import pytest
 
 from attnjax.core.errors import UserError
-from attnjax.studies import ledger, sweep_file
+from attnjax.studies import ledger, sweep_file, worker
 from attnjax.studies.launchers import Options, local
 
 WORKER = """
@@ -66,7 +66,7 @@ def bench(study, monkeypatch):
     def command(workdir, point):
         return [sys.executable, str(script), str(workdir), point]
 
-    monkeypatch.setattr(local.worker, "command", command)
+    monkeypatch.setattr(worker, "command", command)
     monkeypatch.setattr(local, "ELSEWHERE", 0.05)
     monkeypatch.setattr(local, "POLL", 0.01)
 

@@ -55,6 +55,14 @@ def test_seeds_repeat_every_point():
     assert [p.labels["seed"] for p in seeds(BASE, [7, 3])] == [7, 3]
 
 
+def test_seeds_may_train_in_one_program():
+    assert [p.vectorize for p in seeds(BASE, 2)] == [False, False]
+    together = seeds(BASE, 2, vectorize="auto")
+    assert [p.vectorize for p in grid(together, {"a.b": [1]})] == ["auto", "auto"]
+    with pytest.raises(UserError, match=r"vectorize must be .*got vectorize='yes'"):
+        seeds(BASE, 2, vectorize="yes")
+
+
 def test_helpers_leave_their_points_as_they_were():
     grid(seeds(BASE, 2), {"train.steps": [1]})
     assert dict(BASE[0].overrides) == {"train.steps": 5}

@@ -148,3 +148,17 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path, sweep_of):
         sweep_file.load(tmp_path / "sweeps.py", tmp_path / "work")
     with pytest.raises(UserError, match=r"--sweep: cannot read .*directory"):
         sweep_file.load(tmp_path, tmp_path / "work")
+
+
+def test_points_that_train_together_have_another_worker(load):
+    study = load("def sweep():\n    return seeds(BASE, 2, vectorize=True)\n")
+    words = study.command(study.points[0])
+    assert words[2] == "attnjax.studies.groups"
+    assert words[-2:] == ["--vectorize", "always"]
+    alone = load(SEEDS.format(2))
+    assert alone.command(alone.points[0])[2] == "attnjax.studies.worker"
+
+
+def test_points_that_cannot_train_together_are_refused(load):
+    with pytest.raises(UserError, match=r"sweep\.py: vectorize: needs two points"):
+        load("def sweep():\n    return seeds(BASE, 1, vectorize=True)\n")

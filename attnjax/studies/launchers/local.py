@@ -174,7 +174,7 @@ class _Driver:
 
     def _process(self, point: Planned, log: IO[bytes]) -> subprocess.Popen:
         return subprocess.Popen(
-            worker.command(self.study.workdir, point.hash),
+            self.study.command(point),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

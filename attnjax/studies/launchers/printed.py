@@ -3,7 +3,7 @@
 import shlex
 
 from attnjax.core.errors import EXIT_OK
-from attnjax.studies import ledger, worker
+from attnjax.studies import ledger
 from attnjax.studies.launchers import Options
 from attnjax.studies.sweep_file import Study
 
@@ -14,7 +14,7 @@ def launch(study: Study, options: Options) -> int:
         state = ledger.current(study.workdir, point.hash)
         if state.state in ("done", "running"):
             continue
-        words = worker.command(study.workdir, point.hash)
+        words = study.command(point)
         note = " ".join(f"{point.name}".split())
         print(f"{shlex.join(words)}  # {note}")
     return EXIT_OK
