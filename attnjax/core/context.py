@@ -1,7 +1,7 @@
 """What a token mixer is told besides its input, and what it gives back.
 
 One `Context` serves every mixer: a mixer reads the fields it needs. Arrays are
-pytree leaves; `train`, `causal`, `mask`, `grid` and `hooks` are static.
+pytree leaves; `train`, `causal`, `mask`, `grid`, `hooks` and `rows` are static.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ class Context:
         grid: sizes of the 1-3 D grid that T flattens, or None.
         train: whether dropout and batch statistics are on.
         hooks: static, hashable probe and intervention records for this layer.
+        rows: how arrays [B, ...] lie on the devices, or None on one device.
     """
 
     positions: jax.Array
@@ -55,6 +56,19 @@ class Context:
     )
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     hooks: tuple = dataclasses.field(default=(), metadata={"static": True})
+    rows: jax.sharding.NamedSharding | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """x [B, ...] with its rows where those of the batch are.
+
+        Said at every layer, since the compiler otherwise prefers to lay activations
+        out like fully sharded weights, and then sums every product over all devices.
+        """
+        if self.rows is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.rows)
 
     def replace(self, **changes) -> "Context":
         """A copy with some fields changed."""

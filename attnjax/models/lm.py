@@ -348,7 +348,7 @@ class LM:
         Returns:
             [B, T, C] in the compute dtype, and the layers' StackOut.
         """
-        x = self.embed(params, tokens, ctx.positions)
+        x = ctx.spread(self.embed(params, tokens, ctx.positions))
         streams = {
             name: self._stream(params, start, tokens.shape[1])
             for name, start in buffers["streams"].items()
@@ -361,7 +361,7 @@ class LM:
         out = dataclasses.replace(
             out, buffers={"layers": out.buffers, "streams": buffers["streams"]}
         )
-        return self._merge(params).final_norm(x), out
+        return ctx.spread(self._merge(params).final_norm(x)), out
 
     def _stream(self, params, start, length: int) -> jax.Array:
         start = start[:, :length]

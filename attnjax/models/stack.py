@@ -185,12 +185,12 @@ class Stack:
                     prng_key = jax.random.fold_in(prng_key, layer)
                 here = ctx.replace(layer_index=layer, prng_key=prng_key, hooks=hooks[j])
                 block = nnx.merge(self._graphs[name], params[sub], buffers[sub])
-                x, streams, out = block(x, streams, here)
+                x, streams, out = block(ctx.spread(x), streams, here)
                 for key, value in out.losses.items():
                     losses[key] = losses.get(key, 0.0) + value
                 records[j] = dict(out.records)
                 new_buffers[sub] = nnx.to_pure_dict(nnx.state(block, nn.Buffer))
-            return (x, streams), (losses, records, new_buffers)
+            return (ctx.spread(x), streams), (losses, records, new_buffers)
 
         if self.remat == "none":
             return body

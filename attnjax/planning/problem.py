@@ -74,7 +74,7 @@ def experiment(config: dict, target: PlanTarget, devices: list) -> Experiment:
         platform=target.platform,
         target=target.kernel_target,
     )
-    task = experiments.build_task(config, model)
+    task = experiments.build_task(config, model, mesh)
     recipe = Recipe(
         task=task,
         optim=schema.build(optimizers.Config, config["optim"]),

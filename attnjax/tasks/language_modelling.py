@@ -19,7 +19,7 @@ class Config:
     Attributes:
         name: "language_modelling".
         z_loss: weight of the mean squared log-normaliser.
-        loss_chunk: tokens whose logits exist at one time; 0 lets the size decide
+        loss_chunk: tokens whose logits a device holds at one time; 0 lets the size decide
             (chunks of about 16 million logits).
         prefix_len: tokens at the start of each sequence, or of each document where
             documents do not see one another, that see one another both ways (prefix
@@ -50,12 +50,15 @@ class LanguageModelling:
         model: an LM.
         use_segments: whether batches hold several documents a row that must not
             see one another.
+        rows: how batches lie on the devices (a NamedSharding of their first axis),
+            or None on one device.
     """
 
-    def __init__(self, config: Config, model, *, use_segments: bool):
+    def __init__(self, config: Config, model, *, use_segments: bool, rows=None):
         self.config = config
         self.model = model
         self.use_segments = use_segments
+        self.rows = rows
 
     def weight(self, batch: dict) -> jax.Array:
         """Number of predicted tokens in a batch, float32."""
@@ -115,6 +118,7 @@ class LanguageModelling:
             prefix_len=jnp.full((rows,), prefix, jnp.int32) if prefix else None,
             prng_key=prng_key,
             train=train,
+            rows=self.rows,
         )
 
     def _cross_entropy(self, params, hidden, batch) -> tuple[jax.Array, jax.Array]:
@@ -153,6 +157,9 @@ class LanguageModelling:
     def _chunks(self, rows: int, length: int) -> int:
         """Into how many parts the positions of a row are cut."""
         tokens = self.config.loss_chunk or LOGITS_AT_ONCE // self.model.vocab_size
+        if self.rows is not None:
+            # Each device holds the logits of its own rows.
+            rows = self.rows.shard_shape((rows,))[0]
         return -(-length // max(1, tokens // rows))
 
     def _chunk_loss(self, params, hidden, targets, weights):

@@ -244,7 +244,7 @@ def build(config: dict, *, devices=None) -> Experiment:
     sharding.check_batch(train.batch_size, train.accumulate, mesh)
     corpus = data.open_corpus(data_config)
     model = build_model(config, corpus.tokenizer.vocab_size)
-    task = build_task(config, model)
+    task = build_task(config, model, mesh)
     recipe = Recipe(
         task=task,
         optim=schema.build(optimizers.Config, config["optim"]),
@@ -300,12 +300,15 @@ def build_model(config: dict, vocab_size: int):
     )
 
 
-def build_task(config: dict, model):
-    """The task of a resolved config."""
+def build_task(config: dict, model, mesh=None):
+    """The task of a resolved config, over the devices of a mesh."""
     source = config["data"]
     use_segments = source.get("packing") == "packed" and source.get("isolate", True)
     return language_modelling.LanguageModelling(
         schema.build(language_modelling.Config, config["task"]),
         model,
         use_segments=use_segments,
+        rows=None
+        if mesh is None or mesh.size == 1
+        else sharding.batch_sharding(mesh, leading=0),
     )

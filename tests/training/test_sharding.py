@@ -54,6 +54,17 @@ def batch(step: int) -> dict:
     }
 
 
+def on_rows(recipe: Recipe, rows) -> Recipe:
+    """The recipe for batches that lie so on the devices."""
+    task = language_modelling.LanguageModelling(
+        recipe.task.config,
+        recipe.task.model,
+        use_segments=True,
+        rows=rows if rows.num_devices > 1 else None,
+    )
+    return dataclasses.replace(recipe, task=task)
+
+
 def run(recipe: Recipe, config: sharding.Config, steps: int, devices=None):
     """Losses of `steps` steps on a mesh, and the parameters after the first."""
     mesh = sharding.make_mesh(config, devices)
@@ -62,7 +73,7 @@ def run(recipe: Recipe, config: sharding.Config, steps: int, devices=None):
     places = sharding.shardings(shapes, mesh, rules)
     state = jax.jit(lambda: init_state(recipe), out_shardings=places)()
     rows = sharding.batch_sharding(mesh, leading=0)
-    step = jax.jit(make_step(recipe), out_shardings=(places, None))
+    step = jax.jit(make_step(on_rows(recipe, rows)), out_shardings=(places, None))
     losses, first = [], None
     for index in range(steps):
         state, metrics = step(state, jax.device_put(batch(index), rows))
@@ -106,6 +117,31 @@ def test_float32_losses_and_gradients_stay_near_those_of_one_device(name, single
     assert losses[0] == pytest.approx(expected[0], abs=1e-5)
     assert got_norm == pytest.approx(norm, abs=1e-5)
     np.testing.assert_allclose(losses, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["8 fsdp", "4x2"])
+def test_split_weights_leave_activations_with_their_rows(name):
+    """Else every product is a sum over all devices and each holds the whole batch."""
+    recipe = make_recipe("float32", embed_dim=64, mlp_dim=256)
+
+    def working_memory(config):
+        mesh = sharding.make_mesh(sharding.Config(**config))
+        shapes = jax.eval_shape(lambda: init_state(recipe))
+        places = sharding.shardings(shapes, mesh, sharding.resolve_rules({}))
+        rows = sharding.batch_sharding(mesh, leading=0)
+        state, arrays = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            (shapes, {k: np.tile(v, (4, 8)) for k, v in batch(0).items()}),
+            (places, dict.fromkeys(batch(0), rows)),
+        )
+        step = jax.jit(make_step(on_rows(recipe, rows)), out_shardings=(places, None))
+        memory = step.lower(state, arrays).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    one_axis = working_memory(MESHES["8 data"])
+    # Tensor parallelism halves the number of shares of the batch.
+    share = 2 if "tensor" in MESHES[name] else 1
+    assert working_memory(MESHES[name]) < 1.5 * share * one_axis
 
 
 def test_fsdp_and_tensor_split_the_arrays():
