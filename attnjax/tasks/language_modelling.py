@@ -19,7 +19,7 @@ class Config:
     Attributes:
         name: "language_modelling".
         z_loss: weight of the mean squared log-normaliser.
-        loss_chunk: tokens whose logits a device holds at one time; 0 lets the size decide
+        loss_chunk: tokens whose logits a device holds at one time; 0: the size decides
             (chunks of about 16 million logits).
         prefix_len: tokens at the start of each sequence, or of each document where
             documents do not see one another, that see one another both ways (prefix
