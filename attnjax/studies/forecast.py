@@ -1,12 +1,15 @@
 """What a sweep will cost, before it is run: parameters, FLOPs, time."""
 
 import dataclasses
-import json
+import datetime
 import statistics
 
+from attnjax.core import mappings
+from attnjax.core.errors import UserError
 from attnjax.studies import ledger
 from attnjax.studies.sweep_file import Planned, Study
 from attnjax.training import experiment
+from attnjax.training.experiment import IDENTITY_EXCLUDES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +30,13 @@ class Cost:
 
 
 def costs(study: Study) -> tuple[list[Cost], str]:
-    """The cost of every point, and what the estimated times rest on."""
-    found = [_cost(point) for point in study.points]
+    """The cost of every point, and what the estimated times rest on.
+
+    Times are those of finished points, scaled by training FLOPs: whole processes,
+    with start, compilation and evaluations, beside whatever else ran then.
+    """
+    known: dict[str, Cost] = {}
+    found = [_cost(study, point, known) for point in study.points]
     paces = [
         cost.training_flops / seconds
         for point, cost in zip(study.points, found, strict=True)
@@ -46,22 +54,30 @@ def costs(study: Study) -> tuple[list[Cost], str]:
     )
 
 
-def _cost(point: Planned) -> Cost:
-    built = experiment.build(point.config)
+def _cost(study: Study, point: Planned, known: dict[str, Cost]) -> Cost:
+    """The cost of a point; points that differ in their seed cost the same."""
+    same = mappings.digest(point.config, exclude=(*IDENTITY_EXCLUDES, "train.seed"))
+    if same in known:
+        return known[same]
+    try:
+        built = experiment.build(point.config)
+    except UserError as error:
+        raise UserError(f"--sweep: {study.file}: {point.name}: {error}") from None
     length, train = built.data.seq_len, built.train
     forward = built.model.flops(length) / length
     tokens = train.steps * train.batch_size * length
-    return Cost(built.model.parameter_count(), forward, 3 * forward * tokens)
+    known[same] = Cost(built.model.parameter_count(), forward, 3 * forward * tokens)
+    return known[same]
 
 
 def _measured(study: Study, point: Planned) -> float | None:
-    """Seconds of training of a finished point."""
-    run = study.run_directory(point)
-    if not ledger.is_done(run):
+    """Seconds of the process that ran a finished point alone from its first step."""
+    state = ledger.current(study.workdir, point.hash)
+    whole = state.state == "done" and state.attempt == 1 and not point.vectorize
+    if not (whole and state.started and state.ended):
         return None
-    time = json.loads((run / "summary.json").read_bytes()).get("time", {})
-    pace = time.get("seconds_per_step")
-    return None if pace is None else pace * point.config["train"]["steps"]
+    start, end = map(datetime.datetime.fromisoformat, (state.started, state.ended))
+    return max((end - start).total_seconds(), 1.0)
 
 
 def lines(study: Study) -> list[str]:
