@@ -86,7 +86,7 @@ class Cluster:
         return self.show(job)["JobState"]
 
     def wait(
-        self, what: str, condition: Callable[[], bool], *, limit: float = 150
+        self, what: str, condition: Callable[[], bool], *, limit: float = 300
     ) -> None:
         """Poll until `condition()`.
 
@@ -100,7 +100,7 @@ class Cluster:
                 raise AssertionError(f"not within {limit} s: {what}\n{queue}")
             time.sleep(0.2)
 
-    def wait_for_state(self, job: str, *states: str, limit: float = 150) -> None:
+    def wait_for_state(self, job: str, *states: str, limit: float = 300) -> None:
         """Wait until a job is in one of these states."""
         self.wait(f"{job} {states}", lambda: self.state(job) in states, limit=limit)
 

@@ -150,9 +150,10 @@ def test_element_runs_its_own_point(tmp_path):
     assert requeued == ""
 
 
-def test_saved_element_requeues_itself_alone(tmp_path):
-    code, calls, requeued = run_rendered(tmp_path, [75])
-    assert (code, len(calls), requeued) == (75, 1, "requeue 9_1\n")
+@pytest.mark.parametrize("ended", [75, 128 + signal.SIGUSR1])
+def test_saved_element_requeues_itself_alone(tmp_path, ended):
+    code, calls, requeued = run_rendered(tmp_path, [ended])
+    assert (code, len(calls), requeued) == (ended, 1, "requeue 9_1\n")
 
 
 def test_saved_element_stays_out_after_too_many_requeues(tmp_path):

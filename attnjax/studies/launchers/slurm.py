@@ -236,14 +236,15 @@ for ((crashes = 0; crashes <= {retries}; crashes++)); do
     srun --ntasks=1 --open-mode=append --output={log} \\
         {command} "$hash"
     code=$?
-    # 0 done, 2 a mistake, 75 saved, 76 another process runs it: not crashes.
-    case $code in 0 | 76) exit 0 ;; 2 | 75) break ;; esac
+    # 0 done, 2 a mistake, 75 saved, 76 another process runs it, 138 told by SIGUSR1
+    # before Python could listen: not crashes.
+    case $code in 0 | 76) exit 0 ;; 2 | 75 | 138) break ;; esac
     ((stopped)) && break
 done
 
 # SLURM itself requeues a preempted job. The element alone: SLURM_JOB_ID may stand for
 # the whole array.
-if ((code == 75 && !stopped && ${{SLURM_RESTART_COUNT:-0}} < {max_requeues})); then
+if (((code == 75 || code == 138) && !stopped && ${{SLURM_RESTART_COUNT:-0}} < {max_requeues})); then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" || exit 1
 fi
 exit "$code"
