@@ -244,7 +244,8 @@ done
 
 # SLURM itself requeues a preempted job. The element alone: SLURM_JOB_ID may stand for
 # the whole array.
-if (((code == 75 || code == 138) && !stopped && ${{SLURM_RESTART_COUNT:-0}} < {max_requeues})); then
+again=$((${{SLURM_RESTART_COUNT:-0}} < {max_requeues}))
+if (((code == 75 || code == 138) && !stopped && again)); then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" || exit 1
 fi
 exit "$code"
