@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -232,6 +233,16 @@ def test_a_full_disk_fails_its_point_and_nobody_else(bench, study, monkeypatch, 
     assert "its state could not be written" in told.out
     assert "Is a directory" in told.err
     assert states(study) == ["done", "pending", "done"]
+
+
+def test_a_disk_without_room_for_a_word_is_no_crash(bench, study, monkeypatch, capfd):
+    usage = types.SimpleNamespace(free=100)
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: usage)
+    point = study.points[0].hash
+    monkeypatch.setattr(ledger, "last_words", lambda _: None)
+    assert bench({0: [1]}, retries=5) == 2
+    assert order(study) == [0, 1, 2]
+    assert "no space left on the disk" in ledger.read(study.workdir, point).error
 
 
 def test_a_run_that_ended_without_its_worker_telling_counts_as_done(bench, study):

@@ -192,7 +192,10 @@ class _Driver:
         elif code == EXIT_SAVED:
             self.waiting.appendleft(point)
         else:
-            self._failed(point, code, self._error(job, code))
+            error = self._error(job, code)
+            # A worker that cannot write a word does not end as it means to.
+            mistake = code > 0 and self._is_full()
+            self._failed(point, EXIT_USER if mistake else code, error)
 
     def _failed(self, point: Planned, code: int | None, error: str) -> None:
         """A worker failed: try again, unless it is a mistake or has been enough."""
@@ -210,10 +213,13 @@ class _Driver:
             return f"killed by {signal.Signals(-code).name} {log}"
         state = ledger.read(self.study.workdir, job.point.hash)
         words = state.error if state.pid == job.process.pid else None
-        words = words or ledger.last_words(job.log)
-        if words is None and shutil.disk_usage(self.study.workdir).free < _NO_ROOM:
+        words = words or (ledger.last_words(job.log) or "").removeprefix("error: ")
+        if not words and self._is_full():
             words = "no space left on the disk, not even for a word of the worker"
         return f"{words or f'exit code {code}'} {log}"
+
+    def _is_full(self) -> bool:
+        return shutil.disk_usage(self.study.workdir).free < _NO_ROOM
 
     def _give_up(self, point: Planned, code: int | None, error: str) -> None:
         self.failed[point.hash] = error
