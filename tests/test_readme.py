@@ -25,6 +25,23 @@ TINY = (
 )
 
 
+# In place of a study's sweep: two points of two steps.
+TINY_SWEEP = """
+from attnjax.studies import Table, grid, point
+
+SMALL = {small}
+
+
+def sweep():
+    base = point("{root}/configs/quickstart.py", SMALL)
+    return grid(base, {{"model.layers": ["attention", "gated_attention"]}})
+
+
+def table():
+    return Table(rows=("layers",), baseline={{"layers": "attention"}})
+"""
+
+
 def run(command: str) -> int:
     """A README command in this process."""
     words = shlex.split(command)
@@ -38,6 +55,7 @@ def tiny(command: str) -> str:
     """The command with small sizes, and the config file where it lies."""
     command = command.replace("configs/", f"{ROOT}/configs/")
     command = command.replace("train.steps=400", "train.steps=3")
+    command = command.replace("experiments/smoke/sweep.py", "sweep.py")
     if "attnjax.train --config" not in command:
         return command
     layers = 4 if "*3" in command else 2
@@ -53,6 +71,11 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        pairs = [change.split("=") for change in TINY.format(layers=2).split()]
+        words = {"true": True, "false": False, "none": None}
+        small = {k: words[v] if v in words else int(v) for k, v in pairs}
+        sweep = TINY_SWEEP.format(small=small, root=ROOT)
+        (folder / "sweep.py").write_text(sweep)
         first = next(b for _, b in BLOCKS if "python3 -m venv" in b).strip()
         assert run(tiny(first.split(" && ")[-1])) == 0
         yield folder
@@ -69,6 +92,7 @@ def test_first_lines_set_everything_up_themselves():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, home, monkeypatch):
     monkeypatch.chdir(home)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the workers of a sweep
     assert run(tiny(command)) == 0
 
 
