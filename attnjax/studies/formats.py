@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from attnjax.studies.grid import columns, costs_shown
+from attnjax.studies.cells import columns, costs_shown
 from attnjax.studies.results import Results
 from attnjax.studies.values import metric_of
 from attnjax.training import metrics

@@ -3,7 +3,7 @@
 import html
 import re
 
-from attnjax.studies import grid, plots
+from attnjax.studies import cells, plots
 from attnjax.studies.results import Results
 from attnjax.studies.values import is_timed
 
@@ -74,7 +74,7 @@ def page(results: Results, *, timing: bool) -> str:
 
 
 def _table(results: Results, timing: bool) -> str:
-    shown = grid.columns(results, timing=timing)
+    shown = cells.columns(results, timing=timing)
     head = "".join(
         f'<th scope="col" class="{one.kind}"><button>{html.escape(one.title)}'
         "</button></th>"
@@ -92,7 +92,7 @@ def _table(results: Results, timing: bool) -> str:
     )
 
 
-def _cells(row: tuple[grid.Text, ...], kinds: list[str]) -> str:
+def _cells(row: tuple[cells.Text, ...], kinds: list[str]) -> str:
     found = []
     for cell, kind in zip(row, kinds, strict=True):
         order = "" if cell.order is None else html.escape(str(cell.order))
@@ -115,7 +115,7 @@ def _pictures(results: Results, timing: bool) -> list[tuple[str, str]]:
         for name in drawn
         if timing or not is_timed(name)
     ]
-    for name, title in grid.costs_shown(timing).items():
+    for name, title in cells.costs_shown(timing).items():
         found.append((f"{metric} against {title}", plots.scatter(results, name, title)))
     shown = [(heading, svg) for heading, svg in found if svg is not None]
     return [(h, _own_ids(svg, number)) for number, (h, svg) in enumerate(shown)]

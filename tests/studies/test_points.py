@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+from attnjax import studies
 from attnjax.core.errors import UserError
 from attnjax.studies import Point, concat, grid, point, seeds, zipped
 from attnjax.studies.points import find_config
@@ -104,3 +107,11 @@ def test_a_config_is_found_beside_the_sweep_above_it_and_here(tmp_path, monkeypa
     assert find_config(str(tmp_path / "configs" / "c.py"), sweep).is_file()
     assert find_config("none.py", sweep) is None
     assert find_config(str(tmp_path / "none.py"), sweep) is None
+
+
+def test_no_module_of_the_room_hides_a_helper():
+    """Importing attnjax.studies.NAME would put the module where the helper was."""
+    room = Path(studies.__file__).parent
+    modules = {path.stem for path in room.iterdir()}
+    hidden = modules & set(studies.__all__)
+    assert not hidden
