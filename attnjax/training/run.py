@@ -56,6 +56,7 @@ def train(
                 hooks=hooks,
                 signals=own,
             )
+    hosts.refuse_several()
     # A mistake in the config shows here, before it has claimed the directory.
     try:
         with signals.interrupting():
