@@ -18,8 +18,8 @@ def refuse_several() -> None:
     told = os.environ.get(NUM_PROCESSES, "1")
     if told not in ("", "1") and not jax.distributed.is_initialized():
         raise UserError(
-            f"train: one process must train a run; got {NUM_PROCESSES}={told}. Training "
-            "over several processes is not supported yet: use the devices of one host."
+            f"train: one process must train a run; got {NUM_PROCESSES}={told}. "
+            "Several are not supported yet: use the devices of one host."
         )
 
 

@@ -2,13 +2,14 @@ import jax
 import pytest
 
 from attnjax.core.errors import UserError
-from attnjax.training import hosts
+from attnjax.training import hosts, run
 
 
-def test_one_of_several_processes_does_not_train_alone(monkeypatch):
+def test_one_of_several_processes_does_not_train_alone(monkeypatch, tmp_path):
     monkeypatch.setenv(hosts.NUM_PROCESSES, "4")
     with pytest.raises(UserError, match="one process must train a run; got JAX_NUM"):
-        hosts.refuse_several()
+        run.train({}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     monkeypatch.setenv(hosts.NUM_PROCESSES, "1")
     hosts.refuse_several()
     monkeypatch.delenv(hosts.NUM_PROCESSES)
