@@ -203,7 +203,14 @@ class Mixer(attention.Mixer):
         self.config, self.sizes = config, sizes_of(config, dims)
         super().__init__(layer_config(config, dims), dims, rngs=rngs)
         self.rope = rope_of(config, dims)
-        _check_slots(self.slots(), self.shape, dims)
+        options.refuse_changes(
+            self.slots(),
+            ("key", "value"),
+            self.shape,
+            dims,
+            owner=SPEC.name,
+            why="keys and values are made from the cached latent and stay as they are",
+        )
 
     def _make_maps(self, config: attention.Config, after: Heads, rngs) -> None:
         dims, sizes = self.dims, self.sizes
@@ -351,25 +358,6 @@ def is_absorbed(config: Config, sizes: Sizes, new: int, cached: int) -> bool:
     absorbed = new * up + new * cached * (2 * sizes.kv_rank + sizes.rope_dim)
     expanded = cached * up + new * cached * (sizes.head_dim + sizes.value_dim)
     return absorbed < expanded
-
-
-def _check_slots(slots, heads: Heads, dims: MixerDims) -> None:
-    """Refuse output options that change keys or values, which are not kept."""
-    x = jnp.zeros((1, 1, dims.embed_dim), dtype_of(dims.dtype))
-    call = Call(Context(positions=jnp.zeros((1, 1), jnp.int32)))
-    key, value = (
-        jnp.zeros((1, 1, heads.num_kv_heads, size), x.dtype)
-        for size in (heads.head_dim, heads.value_dim)
-    )
-    for slot in slots:
-        same = slot.key(x, key, call) is key and slot.value(x, value, call) is value
-        if not same:
-            raise UserError(
-                "mla: keys and values are made from the cached latent, so no option of "
-                f"output may change them; got {type(slot).__module__.split('.')[-1]} "
-                f"({getattr(slot, 'config', '')}). Choose another place for it, or "
-                "layers of attention."
-            )
 
 
 def _parameter_count(config: Config, dims: MixerDims) -> int:

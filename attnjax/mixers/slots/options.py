@@ -4,9 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from attnjax.core import discovery, schema
+from attnjax.core.context import Context
+from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.mixers.slots.base import Heads, Slot
+from attnjax.kernels import AttentionSpec
+from attnjax.mixers.slots.base import Call, Heads, Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +71,44 @@ def heads_after(options: list[Option], heads: Heads) -> Heads:
     for option in options:
         heads = option.slot.heads_after(option.config, option.heads)
     return heads
+
+
+def refuse_changes(
+    slots: list, places: tuple[str, ...], heads: Heads, dims, *, owner: str, why: str
+) -> None:
+    """Refuse output options that change what a mixer does not let them change.
+
+    Args:
+        slots: the built options of a layer.
+        places: of "query", "key", "value" and "attend", those that must stay as they
+            are; each option is asked with a single token.
+        heads: the layer's sizes.
+        dims: the model's.
+        owner: the mixer, for the message.
+        why: the rule, for the message.
+
+    Raises:
+        UserError: naming the option and the place.
+    """
+    x = jnp.zeros((1, 1, dims.embed_dim), dtype_of(dims.dtype))
+    call = Call(Context(positions=jnp.zeros((1, 1), jnp.int32)))
+    shapes = {
+        "query": (heads.num_heads, heads.head_dim),
+        "key": (heads.num_kv_heads, heads.head_dim),
+        "value": (heads.num_kv_heads, heads.value_dim),
+    }
+    for slot in slots:
+        for place in places:
+            if place == "attend":
+                spec, operands = AttentionSpec(), {}
+                after = slot.attend(x, spec, operands, call)
+                same = after[0] is spec and after[1] is operands
+            else:
+                array = jnp.zeros((1, 1, *shapes[place]), x.dtype)
+                same = getattr(slot, place)(x, array, call) is array
+            if not same:
+                name = type(slot).__module__.rsplit(".", 1)[-1]
+                raise UserError(
+                    f"{owner}: {why}; got an option of output, type={name!r}, that "
+                    f"changes the {place}. Give it another place, or use attention."
+                )
