@@ -1,6 +1,7 @@
 """One HTML page that needs nothing else: a table to sort, curves, scatter."""
 
 import html
+import math
 import re
 
 from attnjax.studies import cells, plots
@@ -27,27 +28,27 @@ ul { padding-left: 1.2rem; color: #444; }
 svg { max-width: 100%; height: auto; }
 """
 
+# A column goes by number where all of it are numbers; hashes never do, though some look
+# like one. Places without a value stay last in both directions.
 SCRIPT = """
 for (const head of document.querySelectorAll("th")) {
   head.addEventListener("click", () => {
     const body = head.closest("table").tBodies[0];
     const place = [...head.parentNode.children].indexOf(head);
     const up = head.getAttribute("aria-sort") !== "ascending";
-    const value = (row) => {
-      const text = row.children[place].dataset.order;
-      return text === "" ? null : Number.isNaN(Number(text)) ? text : Number(text);
-    };
-    const rows = [...body.rows].sort((a, b) => {
-      const x = value(a), y = value(b);
-      if (x === null || y === null) return (x === null) - (y === null);
-      const order = typeof x === "number" && typeof y === "number"
-        ? x - y : String(x).localeCompare(String(y));
-      return up ? order : -order;
-    });
-    head.parentNode.querySelectorAll("th").forEach(
-      (other) => other.removeAttribute("aria-sort"));
+    const text = (row) => row.children[place].dataset.order;
+    const [empty, full] = [[], []];
+    for (const row of body.rows) (text(row) === "" ? empty : full).push(row);
+    const numeric = !head.classList.contains("hash")
+      && full.every((row) => !Number.isNaN(Number(text(row))));
+    const order = numeric
+      ? (a, b) => Number(text(a)) < Number(text(b)) ? -1
+        : Number(text(a)) > Number(text(b)) ? 1 : 0
+      : (a, b) => text(a).localeCompare(text(b), "en", {numeric: true});
+    full.sort(up ? order : (a, b) => order(b, a));
+    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    body.append(...rows);
+    body.append(...full, ...empty);
   });
 }
 """
@@ -93,13 +94,20 @@ def _table(results: Results, timing: bool) -> str:
 
 
 def _cells(row: tuple[cells.Text, ...], kinds: list[str]) -> str:
-    found = []
-    for cell, kind in zip(row, kinds, strict=True):
-        order = "" if cell.order is None else html.escape(str(cell.order))
-        found.append(
-            f'<td class="{kind}" data-order="{order}">{html.escape(cell.text)}</td>'
-        )
-    return "".join(found)
+    return "".join(
+        f'<td class="{kind}" data-order="{html.escape(_order(cell.order))}">'
+        f"{html.escape(cell.text)}</td>"
+        for cell, kind in zip(row, kinds, strict=True)
+    )
+
+
+def _order(value: float | str | None) -> str:
+    """What a column is sorted by, as JavaScript reads it; "" has no place."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return str(value)
 
 
 def _notes(results: Results) -> str:

@@ -25,6 +25,7 @@ PALETTE = (
 DASHES = ("-", "--", "-.", ":")
 MARKS = "osD^vP*X"
 _STYLE = {"svg.hashsalt": "attnjax", "svg.fonttype": "path", "font.size": 10}
+_FALLING = ("loss", "bits_per_byte")  # what goes down unless a run diverges
 _BESIDE = 6  # with more entries the legend stands beside the picture
 
 
@@ -36,22 +37,20 @@ def curves(results: Results, metric: str) -> str | None:
     Returns:
         SVG, or None where no run has two points to draw.
     """
-    drawn = {}
-    for words, runs in _groups(results):
+    drawn = []
+    for number, (words, runs) in enumerate(_groups(results)):
         found = [series(run, metric) for run in runs if run.is_done]
         found = found or [series(run, metric) for run in runs]
         found = [one for one in found if len(one) > 1]
         steps = sorted(set.intersection(*map(set, found))) if found else []
         if len(steps) > 1:
-            drawn[words] = (
-                steps,
-                np.asarray([[one[s] for s in steps] for one in found]),
-            )
+            values = np.asarray([[one[s] for s in steps] for one in found])
+            drawn.append((number, words, steps, values))
     if not drawn:
         return None
 
     def draw(axes) -> None:
-        for number, (words, (steps, values)) in enumerate(drawn.items()):
+        for number, words, steps, values in drawn:
             colour = PALETTE[number % len(PALETTE)]
             dash = DASHES[number // len(PALETTE) % len(DASHES)]
             middle = values.mean(axis=0)
@@ -61,6 +60,8 @@ def curves(results: Results, metric: str) -> str | None:
                 axes.fill_between(
                     steps, middle - sd, middle + sd, color=colour, alpha=0.2, lw=0
                 )
+        if metric.rpartition("/")[2] in _FALLING:
+            _cut(axes, [values.mean(axis=0) for *_, values in drawn])
         axes.set_xlabel("step")
         axes.set_ylabel(f"{metric}, mean and sd")
 
@@ -71,20 +72,23 @@ def scatter(results: Results, cost: str, title: str) -> str | None:
     """The first metric against a cost: a mark a row and column, with its spread.
 
     Returns:
-        SVG, or None where the cost or the metric is unknown everywhere.
+        SVG, or None where the cost or the metric is unknown everywhere, or where all
+        of several marks would stand above one cost.
     """
     metric = results.table.metrics[0]
     found = []
-    for row in results.rows:
-        for place in results.columns:
-            spread, x = row.cells[place, metric].spread, row.costs[place][cost]
-            if spread is not None and x is not None and math.isfinite(spread.mean):
-                found.append((_words((*row.labels, *place)), x, spread))
-    if not found:
+    # A row has its number, so its colour, in every picture.
+    places = [(row, place) for row in results.rows for place in results.columns]
+    for number, (row, place) in enumerate(places):
+        spread, x = row.cells[place, metric].spread, row.costs[place][cost]
+        if spread is not None and x is not None and math.isfinite(spread.mean):
+            found.append((number, _words((*row.labels, *place)), x, spread))
+    known = [x for _, _, x, _ in found]
+    if not found or len(found) > 1 == len(set(known)):
         return None
 
     def draw(axes) -> None:
-        for number, (words, x, spread) in enumerate(found):
+        for number, words, x, spread in found:
             axes.errorbar(
                 x,
                 spread.mean,
@@ -95,11 +99,44 @@ def scatter(results: Results, cost: str, title: str) -> str | None:
                 linestyle="none",
                 label=words,
             )
+        _scale(axes, known)
         axes.set_xlabel(title)
         axes.set_ylabel(f"{metric}, mean and sd")
         axes.margins(x=0.15)
 
     return _svg(draw, len(found))
+
+
+def _cut(axes, lines: Sequence[np.ndarray]) -> None:
+    """Keep a few lines that shoot up from pressing the others flat.
+
+    The picture ends a little above the highest begin of a line, where some, but no more
+    than half of the lines, go higher than that by more than the others fall.
+    """
+    finite = [line[np.isfinite(line)] for line in lines]
+    finite = [line for line in finite if len(line)]
+    if len(finite) < 2:
+        return
+    begin = max(line[0] for line in finite)
+    height = begin - min(line.min() for line in finite)
+    highest = [line.max() for line in finite]
+    leaving = sum(one > begin + height for one in highest)
+    if height > 0 and 0 < leaving <= len(finite) / 2:
+        axes.set_ylim(begin - 1.05 * height, begin + 0.15 * height)
+        words = f"cut: values reach {max(highest):.4g}"
+        axes.text(0.02, 0.97, words, transform=axes.transAxes, va="top", fontsize=8)
+
+
+def _scale(axes, values: Sequence[float]) -> None:
+    """Ticks like 20k and 1.5M, in decades where the values span more than one."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _groups(results: Results) -> list[tuple[str, list[Run]]]:

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attnjax.core.errors import UserError
-from attnjax.studies import footnotes, statistics
+from attnjax.studies import footnotes, state_size, statistics
 from attnjax.studies.collect import Run
 from attnjax.studies.table import PaperValue, Table, matches, text_of
 from attnjax.studies.values import check_metrics, is_timed, metric_of
+from attnjax.training.finish import DECODE_STATE
 
 # Costs beside the metrics: title, and how they are read from summary.json.
 COSTS: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "parameters": ("parameters", lambda s: s.get("parameters")),
     "flops": ("FLOPs/token", lambda s: s.get("forward_flops_per_token")),
-    "state": ("state B/token", lambda s: s.get("decode_state_bytes_per_token")),
+    "state": ("state B/token", lambda s: s.get(DECODE_STATE)),
 }
 TIMED: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "speed": ("tokens/s", lambda s: (s.get("time") or {}).get("tokens_per_second")),
@@ -119,10 +120,12 @@ def summarise(runs: Sequence[Run], table: Table) -> Results:
     """
     table.check([run.labels for run in runs])
     check_metrics(runs, table)
+    runs = [state_size.completed(run) for run in runs]
     columns = _distinct(runs, table.columns)
     rows = [_row(runs, table, key, columns) for key in _distinct(runs, table.rows)]
     notes = footnotes.notes(runs, table, [_texts(row, table) for row in rows])
-    return Results(table, columns, rows, notes, list(runs))
+    notes += state_size.notes(runs, seed=table.seed)
+    return Results(table, columns, rows, notes, runs)
 
 
 def _row(

@@ -13,6 +13,9 @@ from attnjax.data.statistics import NgramEntropy, ngram_entropy
 from attnjax.training import plots
 from attnjax.training.experiment import Experiment
 
+# The key of summary.json for `decode_state_per_token`; None without a decode form.
+DECODE_STATE = "decode_state_bytes_per_token"
+
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
@@ -80,7 +83,7 @@ def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) ->
         "tokens_seen": train.steps * train.batch_size * length,
         "parameters": experiment.model.parameter_count(),
         "forward_flops_per_token": flops / length,
-        "decode_state_bytes_per_token": _decode_state(experiment.model, length),
+        DECODE_STATE: _decode_state(experiment.model, length),
         "time": _timing(experiment, rows, flops),
         "device": {
             "kind": jax.devices()[0].device_kind,
@@ -91,19 +94,24 @@ def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) ->
 
 
 def _decode_state(model: Any, length: int) -> float | None:
+    try:
+        return decode_state_per_token(model, length)
+    except UserError:
+        return None
+
+
+def decode_state_per_token(model: Any, length: int) -> float:
     """Bytes of decode state a token of one sequence of `length`, over all layers.
 
-    None where the model has no decode form.
+    Raises:
+        UserError: the model has no decode form; says which part has none.
     """
 
     def state():
         arrays = model.unstack(*model.init(0))
         return model.init_state(arrays, 1, length)
 
-    try:
-        leaves = jax.tree.leaves(jax.eval_shape(state))
-    except UserError:
-        return None
+    leaves = jax.tree.leaves(jax.eval_shape(state))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / length
 
 

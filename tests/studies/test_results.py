@@ -1,16 +1,20 @@
 """From runs to rows: baselines, places and what is not finished."""
 
 import dataclasses
+import json
 
 import made_study as made
 import matplotlib
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from attnjax.core.errors import UserError
 from attnjax.studies import plots, results
 from attnjax.studies.collect import collect
 from attnjax.studies.table import Table
 from attnjax.studies.values import metrics_of
+from attnjax.training.finish import DECODE_STATE
 
 SIZES = (16, 32)
 MIXERS = ("attention", "gated_attention")
@@ -98,10 +102,41 @@ def test_pictures_are_the_same_whatever_matplotlib_is_set_to(runs):
 
 def test_a_scatter_needs_its_cost(runs):
     found = results.summarise(runs, Table(rows=("layers", "embed_dim")))
-    assert plots.scatter(found, "flops", "FLOPs/token").startswith("<svg")
+    assert plots.scatter(found, "parameters", "parameters").startswith("<svg")
+    # All cost the same: there is nothing to see.
+    assert plots.scatter(found, "speed", "tokens/s") is None
     bare = [dataclasses.replace(run, summary={}) for run in runs]
     found = results.summarise(bare, Table(rows=("layers", "embed_dim")))
     assert plots.scatter(found, "flops", "FLOPs/token") is None
+
+
+def limits(draw, *lines):
+    axes = Figure().add_subplot()
+    for line in lines:
+        axes.plot(line)
+    before = axes.get_ylim()
+    draw(axes, [np.asarray(line) for line in lines])
+    return before, axes.get_ylim(), [text.get_text() for text in axes.texts]
+
+
+def test_a_line_that_shoots_up_does_not_press_the_others_flat():
+    calm = [[4.0, 2.5, 2.0], [4.0, np.nan, 2.1]]
+    _, (low, high), words = limits(plots._cut, *calm, [4.0, 2.0, 900.0])
+    assert 1.5 < low < 2.0 and 4.0 < high < 5.0
+    assert words == ["cut: values reach 900"]
+    for lines in (calm, [calm[0]], [[1.0, 9.0, 99.0]] * 3, [[np.nan], [1.0]]):
+        before, after, words = limits(plots._cut, *lines)
+        assert before == after and words == []
+
+
+def test_costs_far_apart_stand_in_decades():
+    axes = Figure().add_subplot()
+    plots._scale(axes, [20_000, 3e9])
+    assert axes.get_xscale() == "log"
+    assert axes.xaxis.get_major_formatter()(2e4) == "20k"
+    axes = Figure().add_subplot()
+    plots._scale(axes, [459_520, 492_288])
+    assert axes.get_xscale() == "linear"
 
 
 def test_an_unfinished_run_of_the_baseline_makes_no_pair(tmp_path):
@@ -110,3 +145,43 @@ def test_an_unfinished_run_of_the_baseline_makes_no_pair(tmp_path):
     table = Table(rows=("mixer",), baseline={"mixer": "attention"})
     row = results.summarise(found, table).rows[1]
     assert row.cells[(), "eval/loss"].difference.n == 2
+
+
+# ---- the size of the decode state of runs that do not say it
+
+
+def stateless(tmp_path, value=None, **changed):
+    """Results of two runs whose summaries have no size, or another value."""
+    for seed in (0, 1):
+        config = made.config_of("attention", seed)
+        path = made.write_run(tmp_path / f"r{seed}", config)
+        config["model"].update(changed)
+        (path / "config.json").write_text(json.dumps(config))
+        summary = json.loads((path / "summary.json").read_text())
+        del summary[DECODE_STATE]
+        if value is not None:
+            summary[DECODE_STATE] = value
+        (path / "summary.json").write_text(json.dumps(summary))
+    found, _ = collect(tmp_path)
+    table = results.default_table(found)
+    return results.summarise(found, dataclasses.replace(table, rows=()))
+
+
+def test_a_size_that_is_not_in_the_summary_comes_from_the_config(tmp_path):
+    # Of two layers: keys and values, positions and segments, two counters.
+    layer = 2 * (32 * 2 * 8) * 4 + 2 * 32 * 4 + 2 * 4
+    found = stateless(tmp_path)
+    assert found.rows[0].cost("state") == 2 * layer / 32
+    assert not any("State B/token" in note for note in found.notes)
+
+
+def test_a_size_in_the_summary_stays(tmp_path):
+    assert stateless(tmp_path, value=7.5).rows[0].cost("state") == 7.5
+
+
+def test_a_size_that_cannot_be_known_says_why(tmp_path):
+    found = stateless(tmp_path, layers="attentoin")
+    assert found.rows[0].cost("state") is None
+    note = next(note for note in found.notes if "State B/token" in note)
+    assert "is empty for layers=attentoin: config.model.mixers: " in note
+    assert len([note for note in found.notes if "State B/token" in note]) == 1
