@@ -1,5 +1,7 @@
 """What differs between the versions of jax that we support, in one place."""
 
+import inspect
+
 import jax
 
 
@@ -28,3 +30,41 @@ def vary_together(tree):
         for x in arrays
     ]
     return rebuild.unflatten(cast)
+
+
+def mosaic_gpu_kernel(body, *, name: str, out_type, scratch, interpret=None, **options):
+    """`plgpu.kernel`, whose argument names changed in jax 0.10.2.
+
+    Args:
+        body: takes the references of inputs and outputs, then those of `scratch` by
+            name (None for entries that are None).
+        out_type: list of output types.
+        scratch: name -> scratch type or None.
+        options: grid, threads and compiler parameters, passed on.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    present = {key: value for key, value in scratch.items() if value is not None}
+    absent = dict.fromkeys(set(scratch) - set(present))
+
+    def with_all(*refs, **memory):
+        body(*refs, **memory, **absent)
+
+    with_all.__name__ = name
+    names = ("out_type", "scratch_types")
+    if "out_type" not in inspect.signature(plgpu.kernel).parameters:
+        names = ("out_shape", "scratch_shapes")
+    types = dict(zip(names, (out_type, present), strict=True))
+    if interpret is not None:
+        options["interpret"] = interpret
+    return plgpu.kernel(with_all, **types, **options)
+
+
+def type_like(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of an array that varies over the mesh as `like` does."""
+    aval = jax.typeof(like)
+    if hasattr(aval, "manual_axis_type"):
+        how = {"manual_axis_type": aval.manual_axis_type}
+    else:
+        how = {"vma": aval.vma}
+    return jax.ShapeDtypeStruct(shape, dtype, **how)

@@ -1,0 +1,136 @@
+"""The computation with its derivative: kernels put together by a custom VJP."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.kernels import tile_math, tiles
+from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.mosaic_tpu import backward, layout, steps
+from attnjax.kernels.mosaic_tpu.blocks import plan_blocks
+from attnjax.kernels.mosaic_tpu.call import Walk
+from attnjax.kernels.mosaic_tpu.forward import forward
+from attnjax.kernels.request import Request
+
+Arrays = Mapping[str, jax.Array]
+
+
+def attend(
+    request: Request, q, k, v, operands: Arrays, *, block_sizes=None, interpret=False
+) -> tuple[jax.Array, jax.Array | None]:
+    """Output [B, T, H, E] in q's dtype, and log-sum-exp [B, T, H] if normalised."""
+    operands = tiles.place_queries(operands, request.q_len)
+    plan = plan_blocks(request, block_sizes)
+    known = tiles.declarations(request.spec)
+    trained = {n: x for n, x in operands.items() if known[n].trains}
+    fixed = {n: x for n, x in operands.items() if not known[n].trains}
+    return _attend(plan, interpret, q, k, v, trained, fixed)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan: BlockPlan, interpret, q, k, v, trained: Arrays, fixed: Arrays):
+    return _attend_fwd(plan, interpret, q, k, v, trained, fixed)[0]
+
+
+def _attend_fwd(plan: BlockPlan, interpret, q, k, v, trained, fixed):
+    operands = {**trained, **fixed}
+    kinds = steps.tile_kinds(plan, operands)
+    walk = Walk(plan, steps.list_steps(kinds), interpret=interpret)
+    arranged = layout.arrange_operands(plan, operands)
+    out, lse = forward(walk, *_heads(plan, q, k, v), arranged, q.dtype)
+    out = tiles.heads_first(out)[:, : plan.request.q_len]
+    if lse is not None:
+        lse = jnp.swapaxes(lse[:, :, 0, : plan.request.q_len], 1, 2)
+    # A constant is made again: a residual would be an array of its own.
+    found = kinds if isinstance(kinds, jax.Array) else None
+    return (out, lse), (q, k, v, trained, fixed, out, lse, found)
+
+
+def _heads(plan: BlockPlan, q, k, v):
+    """q, k and v heads first, padded to whole blocks, in the dtype of products."""
+    dtype = jnp.result_type(q, k, v)
+    q_len, kv_len = plan.num_q * plan.block_q, plan.num_k * plan.block_k
+    lengths = (q_len, kv_len, kv_len)
+    pairs = zip((q, k, v), lengths, strict=True)
+    return [layout.blocked_heads(x.astype(dtype), length) for x, length in pairs]
+
+
+def _attend_bwd(plan: BlockPlan, interpret, residuals, cotangents):
+    q, k, v, trained, fixed, out, lse, kinds = residuals
+    operands = {**trained, **fixed}
+    kinds = steps.tile_kinds(plan, operands) if kinds is None else kinds
+    inputs = dict(zip("qkv", _heads(plan, q, k, v), strict=True))
+    q_len = plan.num_q * plan.block_q
+    d_out = cotangents[0].astype(inputs["q"].dtype)
+    inputs["d_out"] = layout.blocked_heads(d_out, q_len)
+    stats, grads = _row_statistics(plan, operands, out, lse, cotangents)
+    inputs |= {name: layout.row_vectors(x, q_len) for name, x in stats.items()}
+    inputs["operands"] = layout.arrange_operands(plan, operands)
+
+    walk = Walk(plan, steps.list_steps(kinds), interpret=interpret)
+    dq, rows = backward.query_gradients(walk, inputs)
+    turned = dataclasses.replace(
+        walk, words=steps.list_steps(kinds.swapaxes(1, 2)), over="keys"
+    )
+    dk, dv, columns = backward.key_gradients(turned, inputs)
+    grads |= {name: _join(plan, name, x, operands) for name, x in rows.items()}
+    for name, x in columns.items():
+        b, heads, group, one, s = x.shape
+        x = x.reshape(b, heads * group, one, s)
+        grads[name] = _join(plan, name, x, operands)
+    for name in backward.trained_names(plan, "tile"):
+        grads[name] = _tile_gradient(walk, kinds, inputs, name, operands)
+    lengths = (plan.request.q_len, plan.request.kv_len, plan.request.kv_len)
+    joined = (
+        tiles.heads_first(x)[:, :length].astype(like.dtype)
+        for x, length, like in zip((dq, dk, dv), lengths, (q, k, v), strict=True)
+    )
+    d_trained = {name: grads[name].astype(x.dtype) for name, x in trained.items()}
+    return (*joined, d_trained, None)
+
+
+def _row_statistics(plan: BlockPlan, operands, out, lse, cotangents):
+    """Per row [B, T, H] the shift of its scores and the cotangent of its log-sum; and
+    the gradient of the weight map's own operand."""
+    request = plan.request
+    if not request.spec.weight_map.needs_sum:
+        return {}, {}
+    d_out, d_lse = (x.astype(jnp.float32) for x in cotangents)
+    d_sum = d_lse - jnp.sum(d_out * out.astype(jnp.float32), axis=-1)
+    columns = (jnp.swapaxes(x, 1, 2)[..., None] for x in (lse, d_sum))
+    grads = tile_math.sink_gradient(request.spec, operands, *columns)
+    # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
+    shift = jnp.where(lse == -jnp.inf, 0, lse)
+    return {"shift": shift, "d_sum": d_sum}, grads
+
+
+def _join(plan: BlockPlan, name: str, x: jax.Array, operands: Arrays) -> jax.Array:
+    """[B, H, 1, T or S], summed over rows and heads that share a value, as the
+    operand's own shape."""
+    operand = tiles.declarations(plan.request.spec)[name]
+    shape = operands[name].shape
+    sizes = dict(zip(operand.axes, shape, strict=True))
+    shared = [axis for axis, letter in enumerate("bh") if sizes.get(letter, 1) == 1]
+    x = jnp.sum(x, axis=tuple(shared), keepdims=True)
+    form = layout.operand_forms(plan)[name]
+    if form == "scalar":
+        return jnp.sum(x, axis=3).reshape(shape)
+    return x[..., : sizes["t" if form == "row" else "s"]].reshape(shape)
+
+
+def _tile_gradient(walk: Walk, kinds, inputs, name: str, operands: Arrays):
+    """The gradient of a bias, in its own shape."""
+    array = inputs["operands"][name]
+    shares = (array.shape[0] == 1, array.shape[1] == 1)
+    walk = dataclasses.replace(
+        walk, words=steps.list_tiles(kinds), over="tiles", shares=shares
+    )
+    grad = backward.tile_gradient(walk, inputs, name)
+    t, s = operands[name].shape[2:]
+    return grad[:, :, :t, :s]
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,118 @@
+"""The forward kernel: one block of queries, a walk over the keys that it sees.
+
+    s = scores(scale * q k^T)                     [block_q, block_k], float32
+    top' = max(top, rowmax s)                     where the weight map needs a maximum
+    acc' = exp(top - top') acc + u(s - top') v    [block_q, E], float32
+The output is normalised and the log-sum written when a row of steps ends.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from attnjax.kernels import tile_math
+from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.mosaic_tpu import layout
+from attnjax.kernels.mosaic_tpu.call import Walk, call
+
+Arrays = Mapping[str, jax.Array]
+# Contractions of 2-D blocks: over both last axes, and of an ordinary product.
+LAST_AXES, PRODUCT = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
+
+
+def dot(x: jax.Array, y: jax.Array, dims) -> jax.Array:
+    """A product accumulated in float32, of float32 inputs at full precision."""
+    exact = x.dtype == jnp.float32
+    return jax.lax.dot_general(
+        x,
+        y,
+        dims,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def forward(walk: Walk, q, k, v, arranged: Arrays, out_dtype):
+    """Output [B, H, T, E] and log-sum [B, H, 1, T] (None if nothing is summed), padded.
+
+    Args:
+        q, k, v: [B, H, T, D], [B, K, S, D], [B, K, S, E], padded, of one dtype.
+        arranged: operands as `layout.arrange_operands` gives them.
+    """
+    plan, request = walk.plan, walk.plan.request
+    weight_map = request.spec.weight_map
+    d, e = request.head_dim, request.value_dim
+    b, h, t, _ = q.shape
+    outputs = {"out": jax.ShapeDtypeStruct((b, h, t, e), out_dtype)}
+    out_specs = {"out": walk.spec((plan.block_q, e), "q")}
+    scratch = {"acc": (plan.block_q, e)}
+    if weight_map.needs_sum:
+        outputs["lse"] = jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32)
+        out_specs["lse"] = walk.spec((1, plan.block_q), "t")
+        scratch["total"] = (plan.block_q, 1)
+    if weight_map.needs_max:
+        scratch["top"] = (plan.block_q, 1)
+    inputs = {"q": q, "k": k, "v": v, "operands": dict(arranged)}
+    in_specs = {
+        "q": walk.spec((plan.block_q, d), "q"),
+        "k": walk.spec((plan.block_k, d), "k"),
+        "v": walk.spec((plan.block_k, e), "k"),
+        "operands": walk.operand_specs(arranged),
+    }
+    found = call(
+        walk, _forward, inputs, in_specs, outputs, out_specs, scratch, features=d + e
+    )
+    return found["out"], found.get("lse")
+
+
+def _forward(walk: Walk, words_ref, refs, outputs, scratch) -> None:
+    place, kind, first, last = walk.here(words_ref)
+
+    @pl.when(first)
+    def _():
+        for name, ref in scratch.items():
+            start = tile_math.LOW if name == "top" else 0.0
+            ref[...] = jnp.full(ref.shape, start, ref.dtype)
+
+    walk.visit(kind, lambda masked: _absorb(walk.plan, place, refs, scratch, masked))
+    pl.when(last)(lambda: _finish(walk.plan, place, refs, outputs, scratch))
+
+
+def _absorb(plan: BlockPlan, place, refs, scratch, masked: bool) -> None:
+    """Add one tile to the running rows."""
+    spec = plan.request.spec
+    raw = dot(refs["q"][...], refs["k"][...], LAST_AXES) * plan.request.scale
+    tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
+    mask = layout.visible(plan, tile, place, swapped=False) if masked else None
+    s = tile_math.masked_scores(spec, raw, tile, mask)
+    acc, top, fade = scratch["acc"][...], None, None
+    if "top" in scratch:
+        old = scratch["top"][...]
+        top = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
+        scratch["top"][...] = top
+        fade = jnp.exp(old - top)
+        acc = acc * fade
+    u = spec.weight_map.unnormalized(s, top)
+    if "total" in scratch:
+        total = scratch["total"][...]
+        total = total if fade is None else total * fade
+        scratch["total"][...] = total + jnp.sum(u, axis=1, keepdims=True)
+    v = refs["v"][...]
+    scratch["acc"][...] = acc + dot(u.astype(v.dtype), v, PRODUCT)
+
+
+def _finish(plan: BlockPlan, place, refs, outputs, scratch) -> None:
+    """Write the rows and their log-sums."""
+    acc = scratch["acc"][...]
+    if "total" in scratch:
+        spec = plan.request.spec
+        top = scratch["top"][...] if "top" in scratch else None
+        tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
+        sink = tile_math.sink_column(spec, tile.operands, jnp.float32)
+        sink = None if sink is None else sink.reshape(1, 1)
+        factor, lse = tile_math.row_results(top, scratch["total"][...], sink)
+        acc = acc * factor
+        outputs["lse"][...] = layout.turn(lse)
+    outputs["out"][...] = acc.astype(outputs["out"].dtype)
