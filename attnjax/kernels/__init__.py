@@ -1,12 +1,20 @@
 """Arrays in, arrays out: attention by a static spec. Imports jax and nothing of ours.
 
 Start at `attention` (dispatch.py); what it computes is an `AttentionSpec` (spec.py)
-of a mask (masks.py), score steps (scores.py) and a weight map (weight_maps.py).
+of a mask (masks.py), score steps (scores.py, low_rank.py), a weight map
+(weight_maps.py), perhaps a second pass over its rows (reweight.py), and an epilogue
+(epilogue.py).
 `linear_attention` (linear/dispatch.py) is the family of recurrences on a state.
 """
 
 from attnjax.kernels.choices import Choice, watching
 from attnjax.kernels.dispatch import IMPLEMENTATIONS, attention, choose, explain
+from attnjax.kernels.epilogue import (
+    EpilogueStep,
+    HeadRMSNorm,
+    HeadScale,
+    OutputGate,
+)
 from attnjax.kernels.linear.dispatch import (
     LINEAR_IMPLEMENTATIONS,
     empty_linear_state,
@@ -15,6 +23,7 @@ from attnjax.kernels.linear.dispatch import (
     linear_attention_step,
 )
 from attnjax.kernels.linear.spec import LinearSpec
+from attnjax.kernels.low_rank import LowRankBias, widen
 from attnjax.kernels.masks import (
     And,
     Causal,
@@ -31,10 +40,20 @@ from attnjax.kernels.masks import (
 )
 from attnjax.kernels.operands import Operand
 from attnjax.kernels.request import Request, make_request
+from attnjax.kernels.reweight import Clip, Reweight, Sharpen
 from attnjax.kernels.scores import ALiBi, Bias, ScoreFn, ScoreStep, SoftCap
 from attnjax.kernels.spec import AttentionSpec
 from attnjax.kernels.target import Target, default_target
-from attnjax.kernels.weight_maps import Sigmoid, Softmax, WeightMap
+from attnjax.kernels.weight_maps import (
+    EluPlusOne,
+    Polynomial,
+    ReluPower,
+    Sigmoid,
+    Softmax,
+    Softpick,
+    SoftplusL1,
+    WeightMap,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -45,22 +64,35 @@ __all__ = [
     "Bias",
     "Causal",
     "Choice",
+    "Clip",
     "Coverage",
+    "EluPlusOne",
+    "EpilogueStep",
     "Full",
+    "HeadRMSNorm",
+    "HeadScale",
     "LinearSpec",
+    "LowRankBias",
     "Mask",
     "MaskFn",
     "Operand",
     "Or",
+    "OutputGate",
+    "Polynomial",
     "Prefix",
+    "ReluPower",
     "Request",
+    "Reweight",
     "ScoreFn",
     "ScoreStep",
     "Segments",
+    "Sharpen",
     "Sigmoid",
     "SlidingWindow",
     "SoftCap",
     "Softmax",
+    "Softpick",
+    "SoftplusL1",
     "Span",
     "Target",
     "Tile",
@@ -75,4 +107,5 @@ __all__ = [
     "linear_attention_step",
     "make_request",
     "watching",
+    "widen",
 ]

@@ -45,8 +45,8 @@ class BlockPlan:
 
     @property
     def one_tile(self) -> bool:
-        """Whether a single tile covers everything."""
-        return self.num_q == self.num_k == 1
+        """Whether a single tile covers everything, and is computed as one."""
+        return self.num_q == self.num_k == 1 and self.request.spec.reweight is None
 
     @property
     def padded_keys(self) -> bool:

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 
 import jax
 
-from attnjax.kernels import blocked_backward, blocked_forward, one_tile, tiles
+from attnjax.kernels import (
+    blocked_backward,
+    blocked_forward,
+    blocked_reweight,
+    epilogue,
+    one_tile,
+    tiles,
+)
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.choose_blocks import plan_blocks
 from attnjax.kernels.request import Request
@@ -44,12 +51,16 @@ def run(
     Args:
         block_sizes: (block_q, block_k) in tokens; None chooses by shape.
     """
-    operands = tiles.place_queries(operands, request.q_len)
+    spec = request.spec
     plan = plan_blocks(request, block_sizes)
-    known = tiles.declarations(request.spec)
-    trained = {n: x for n, x in operands.items() if known[n].trains}
-    fixed = {n: x for n, x in operands.items() if not known[n].trains}
-    return _attend(plan, q, k, v, trained, fixed)
+    placed = tiles.place_queries(tiles.of_tiles(spec, operands), request.q_len)
+    known = tiles.declarations(spec)
+    trained = {n: x for n, x in placed.items() if known[n].trains}
+    fixed = {n: x for n, x in placed.items() if not known[n].trains}
+    out, lse = _attend(plan, q, k, v, trained, fixed)
+    if spec.epilogue:
+        out = epilogue.run_steps(spec.epilogue, out, operands).astype(q.dtype)
+    return out, lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -64,8 +75,12 @@ def _attend_fwd(plan: BlockPlan, q, k, v, trained: Arrays, fixed: Arrays):
     else:
         padded = blocked_forward.pad_operands(plan, operands)
         table = tile_table(plan, padded)
-        out, lse = blocked_forward.forward(plan, q, k, v, padded, table)
-        kept = (out, lse, table)
+        if plan.request.spec.reweight is None:
+            out, lse = blocked_forward.forward(plan, q, k, v, padded, table)
+            kept = (out, lse, table)
+        else:
+            out, kept = blocked_reweight.forward(plan, (q, k, v), padded, table)
+            lse = None
     return (out, lse), (q, k, v, trained, fixed, kept)
 
 
@@ -75,7 +90,9 @@ def _attend_bwd(plan: BlockPlan, residuals, cotangents):
     if plan.one_tile:
         grads = one_tile.backward(plan.request, (q, k, v), operands, kept, cotangents)
     else:
-        grads = blocked_backward.backward(plan, (q, k, v), operands, kept, cotangents)
+        again = plan.request.spec.reweight is not None
+        form = blocked_reweight if again else blocked_backward
+        grads = form.backward(plan, (q, k, v), operands, kept, cotangents)
     dq, dk, dv, d_operands = grads
     d_trained = {n: d_operands[n].astype(x.dtype) for n, x in trained.items()}
     dq, dk, dv = dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -42,10 +42,10 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
             kv = [block_at(x, j) for x in blocks]
             part = _tile_gradients(request, row_i, kv, tile, mask if masked else None)
             d_operands = {
-                name: _add_tile(plan, totals[2][name], part[3][name], operand, i, j)
+                name: add_tile(plan, totals[2][name], part[3][name], operand, i, j)
                 for name, operand in trained.items()
             }
-            d_k, d_v = (_add_block(*x, j) for x in zip(totals, part[1:3], strict=False))
+            d_k, d_v = (add_block(*x, j) for x in zip(totals, part[1:3], strict=False))
             return d_q + part[0], (d_k, d_v, d_operands)
 
         d_q = jnp.zeros_like(row_i["q"])
@@ -66,7 +66,7 @@ def backward(plan: BlockPlan, qkv, operands: Arrays, kept, cotangents):
     return d_q, d_k, d_v, d_operands | sink_grads
 
 
-def _add_block(total: jax.Array, part: jax.Array, j: jax.Array) -> jax.Array:
+def add_block(total: jax.Array, part: jax.Array, j: jax.Array) -> jax.Array:
     """Add to block j, in place."""
     return jax.lax.dynamic_update_index_in_dim(total, block_at(total, j) + part, j, 0)
 
@@ -94,7 +94,7 @@ def _rows(plan: BlockPlan, q, operands: Arrays, kept, cotangents):
     # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
     shift = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
     d_sum = d_sum[..., None]
-    if not request.spec.weight_map.needs_max:
+    if not request.spec.weight_map.exponential:
         factor = jnp.exp(-shift)
         rows["d_out"] = split_blocks(d_out.astype(dtype) * factor, *size)
         d_sum, shift = d_sum * factor, jnp.zeros_like(shift)
@@ -107,11 +107,11 @@ def _tile_gradients(request, row, kv, tile, mask):
     spec, (k, v) = request.spec, kv
     raw = tiles.products(row["q"], k)
     s = tile_math.masked_scores(spec, raw, tile, mask)
-    u = spec.weight_map.unnormalized(s, row.get("shift"))
-    ds = tiles.products(row["d_out"], v)
-    if "d_sum" in row:
-        ds = ds + row["d_sum"]
-    ds = spec.weight_map.slope(s, u) * ds
+    shift = row.get("shift")
+    u = spec.weight_map.unnormalized(s, shift)
+    u = tile_math.keep(spec.weight_map, mask, u)
+    ct = tiles.products(row["d_out"], v), row.get("d_sum")
+    ds = tile_math.score_cotangent(spec.weight_map, s, u, shift, mask, ct)
     d_raw, spread = tile_math.score_gradients(spec, raw, ds, tile, mask)
     kv_heads = request.num_kv_heads
     return (
@@ -122,7 +122,7 @@ def _tile_gradients(request, row, kv, tile, mask):
     )
 
 
-def _add_tile(plan: BlockPlan, total, spread, operand, i, j):
+def add_tile(plan: BlockPlan, total, spread, operand, i, j):
     """Add a tile's spread cotangent to the operand's gradient."""
     part = tile_math.reduce_tile(spread, operand, total)
     if operand.axes == "*":

@@ -77,7 +77,7 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
             raw = tiles.products(q_i, block_at(kb, j))
             mask = mask if masked else None
             s = tile_math.masked_scores(request.spec, raw, tile, mask)
-            return _absorb(request.spec, carry, s, block_at(vb, j))
+            return _absorb(request.spec, carry, s, mask, block_at(vb, j))
 
         carry = visit_row(table_row, visit, _empty_rows(request, q_i))
         return None, _finish(request.spec, carry, operands)
@@ -85,7 +85,7 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
     steps = jnp.arange(plan.num_q, dtype=jnp.int32)
     rows = jax.tree.map(jnp.asarray, (steps, qb, *table))
     _, (out, lse) = jax.lax.scan(row, None, rows)
-    out = join_blocks(out, request.q_len).astype(q.dtype)
+    out = join_blocks(out, request.q_len).astype(request.core_dtype)
     return out, None if lse is None else join_blocks(lse, request.q_len)[..., 0]
 
 
@@ -96,13 +96,13 @@ def _empty_rows(request: Request, q: jax.Array):
     acc = jnp.zeros_like(q, shape=(*rows, request.value_dim))
     top = total = None
     if weight_map.needs_max:
-        top = jnp.full_like(q, tile_math.LOW, shape=(*rows, 1))
+        top = jnp.full_like(q, tile_math.start_of_max(weight_map), shape=(*rows, 1))
     if weight_map.needs_sum:
         total = jnp.zeros_like(q, shape=(*rows, 1))
     return acc, top, total
 
 
-def _absorb(spec, carry, s: jax.Array, v: jax.Array):
+def _absorb(spec, carry, s: jax.Array, mask: jax.Array | None, v: jax.Array):
     """Add one tile of scores to the running rows."""
     acc, top, total = carry
     new_top = None
@@ -110,9 +110,10 @@ def _absorb(spec, carry, s: jax.Array, v: jax.Array):
         new_top = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
         fade = jnp.exp(top - new_top)
         acc, total = acc * fade, total * fade
-    u = spec.weight_map.unnormalized(s, new_top)
+    shift = tile_math.shift_of(spec.weight_map, new_top)
+    u, summed = tile_math.weigh(spec.weight_map, s, shift, mask)
     if total is not None:
-        total = total + jnp.sum(u, axis=-1, keepdims=True)
+        total = total + jnp.sum(summed, axis=-1, keepdims=True)
     return acc + tiles.mix(u, v), new_top, total
 
 
@@ -122,5 +123,6 @@ def _finish(spec, carry, operands: Arrays):
     if total is None:
         return acc, None
     sink = tile_math.sink_column(spec, operands, acc.dtype)
-    factor, lse = tile_math.row_results(top, total, sink)
+    shift = tile_math.shift_of(spec.weight_map, top)
+    factor, lse = tile_math.row_results(shift, total, sink)
     return acc * factor, lse

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from attnjax.kernels import blocked, choices, cudnn, reference
 from attnjax.kernels.compat import vary_together
 from attnjax.kernels.errors import nearest
+from attnjax.kernels.low_rank import widen, widened
 from attnjax.kernels.request import Request, make_request
 from attnjax.kernels.spec import PLAIN, AttentionSpec
 from attnjax.kernels.target import Target, default_target
@@ -64,13 +65,19 @@ def attention(
             every reason.
     """
     operands = {name: jnp.asarray(x) for name, x in (operands or {}).items()}
-    request = make_request(q, k, v, spec, operands, target or default_target())
+    target = target or default_target()
+    request = make_request(q, k, v, spec, operands, target)
+    dtype = q.dtype
+    if widened(spec):
+        q, k, spec, operands = widen(q, k, spec, operands, target)
+        request = make_request(q, k, v, spec, operands, target)
     module = choose(request, implementation)
     watch = choices.current()
     if watch is not None:
         module = watch.settle(request, module, _candidates(request))
     q, k, v, operands = vary_together((q, k, v, operands))
     out, lse = module.run(request, q, k, v, operands)
+    out = out.astype(dtype)
     return (out, lse) if spec.return_lse else out
 
 
@@ -141,9 +148,27 @@ def explain(
         first line "uses NAME on PLATFORM" (or that none supports it), then one line
         "NAME: reason" for each implementation.
     """
-    request = make_request(q, k, v, spec, operands or {}, target or default_target())
+    target, operands = target or default_target(), operands or {}
+    request = make_request(q, k, v, spec, operands, target)
+    if widened(spec):
+        request = _widened_request(q, k, v, spec, operands, target)
     try:
         first = f"uses {choose(request).NAME} on {request.target.platform}"
     except NotImplementedError:
         first = f"no implementation supports it on {request.target.platform}"
     return [first, *reasons(request)]
+
+
+def _widened_request(q, k, v, spec, operands, target: Target) -> Request:
+    """The request after `widen`, from shapes alone."""
+    given = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in operands.items()}
+    rest: list[AttentionSpec] = []
+
+    def shapes(q, k, given):
+        wide_q, wide_k, narrow, others = widen(q, k, spec, given, target)
+        rest.append(narrow)
+        return wide_q, wide_k, others
+
+    arrays = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k))
+    wide_q, wide_k, others = jax.eval_shape(shapes, *arrays, given)
+    return make_request(wide_q, wide_k, v, rest[0], others, target)

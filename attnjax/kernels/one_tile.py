@@ -23,25 +23,26 @@ def forward(request: Request, q, k, v, operands: Arrays):
     tile, mask = _whole_tile(request, operands)
     raw = tiles.products(qh * request.scale, kh)
     s = tile_math.masked_scores(spec, raw, tile, mask)
-    if not spec.weight_map.needs_sum:
-        u = spec.weight_map.unnormalized(s, None)
-        return (
-            tiles.heads_first(tiles.mix(u, vh)).astype(q.dtype),
-            None,
-            (u, None, None),
-        )
+    weight_map = spec.weight_map
+    if not weight_map.needs_sum:
+        u, _ = tile_math.weigh(weight_map, s, None, mask)
+        out = tiles.heads_first(tiles.mix(u, vh)).astype(request.core_dtype)
+        return out, None, (u, None, None, None)
     top = None
-    if spec.weight_map.needs_max:
-        top = jnp.max(s, axis=-1, keepdims=True, initial=tile_math.LOW)
-    u = spec.weight_map.unnormalized(s, top)
-    total = jnp.sum(u, axis=-1, keepdims=True)
+    if weight_map.needs_max:
+        least = tile_math.start_of_max(weight_map)
+        top = jnp.max(s, axis=-1, keepdims=True, initial=least)
+    shift = tile_math.shift_of(weight_map, top)
+    u, summed = tile_math.weigh(weight_map, s, shift, mask)
+    total = jnp.sum(summed, axis=-1, keepdims=True)
     # Whether a row sees anything is read from the mask: another reader of the row
     # maximum would keep XLA from computing u in one pass.
     alive = True if mask is None else mask.any(axis=-1, keepdims=True)
     sink = tile_math.sink_column(spec, operands, s.dtype)
-    factor, lse = tile_math.row_results(top, total, sink, alive)
-    out = tiles.heads_first(tiles.mix(u, vh) * factor).astype(q.dtype)
-    return out, jnp.swapaxes(lse[..., 0], 1, 2), (u, factor, lse)
+    factor, lse = tile_math.row_results(shift, total, sink, alive)
+    out = tiles.heads_first(tiles.mix(u, vh) * factor).astype(request.core_dtype)
+    kept = (u, factor, lse, shift if weight_map.split else None)
+    return out, jnp.swapaxes(lse[..., 0], 1, 2), kept
 
 
 def _whole_tile(request: Request, operands: Arrays):
@@ -62,19 +63,20 @@ def backward(request: Request, qkv, operands: Arrays, kept, cotangents):
     spec, dtype = request.spec, request.compute_dtype
     qh, kh, vh = (tiles.heads_first(x.astype(dtype)) for x in qkv)
     qh = qh * request.scale
-    u, factor, lse = kept
+    u, factor, lse, shift = kept
     d_out = tiles.heads_first(cotangents[0].astype(dtype))
     d_out = d_out if factor is None else d_out * factor
-    ds, grads = tiles.products(d_out, vh), {}
+    ds, d_sum, grads = tiles.products(d_out, vh), None, {}
     if factor is not None:
         d_lse = jnp.swapaxes(cotangents[1], 1, 2)[..., None].astype(dtype)
         d_sum = d_lse - jnp.sum(ds * u, axis=-1, keepdims=True)
         grads |= tile_math.sink_gradient(spec, operands, lse, d_sum)
-        ds = ds + d_sum * factor
+        d_sum = d_sum * factor
     tile, mask = _whole_tile(request, operands)
     raw = tiles.products(qh, kh)
     s = tile_math.masked_scores(spec, raw, tile, mask)
-    ds = spec.weight_map.slope(s, u) * ds
+    ct = ds, d_sum
+    ds = tile_math.score_cotangent(spec.weight_map, s, u, shift, mask, ct)
     d_raw, spread = tile_math.score_gradients(spec, raw, ds, tile, mask)
     for operand in spec.score_operands:
         name = operand.name

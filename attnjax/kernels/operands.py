@@ -1,7 +1,8 @@
 """Arrays that a spec needs beside q, k and v: declarations, checks, tiles.
 
 A mask, score step or weight map declares its arrays as `Operand`s. Axes are letters:
-b batch, h query heads, t queries, s keys; an axis may have size 1 where one value
+b batch, h query heads, t queries, s keys, and for arrays that no tile of scores reads
+k kv heads, e value features, r any size; an axis may have size 1 where one value
 serves the whole axis. Implementations cut operands into tiles that broadcast against
 scores [B, H, t, s]; axes "*" marks an operand that is handed over whole.
 """
@@ -118,11 +119,11 @@ def _check_one(operand: Operand, array, sizes: Mapping[str, int]) -> None:
     if operand.axes == "*":
         return
     legal = len(array.shape) == len(operand.axes) and all(
-        size in (1, sizes[axis])
+        axis == "r" or size in (1, sizes[axis])
         for size, axis in zip(array.shape, operand.axes, strict=True)
     )
     if not legal and not (operand is Q_OFFSET and array.shape == ()):
-        full = tuple(sizes[axis] for axis in operand.axes)
+        full = tuple(sizes.get(axis, "any") for axis in operand.axes)
         raise ValueError(
             f"attention: operand {operand.name!r} must have shape "
             f"{_axes_text(operand)} = {full} (or 1 in an axis that it shares); "

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from attnjax.kernels import tiles
+from attnjax.kernels import epilogue, tiles
 from attnjax.kernels.request import Request
+from attnjax.kernels.reweight import Reweight
 
 NAME = "reference"
 # Never chosen by "auto": dense scores are asked for by name.
@@ -33,7 +34,8 @@ def run(
     spec, dtype = request.spec, request.compute_dtype
     highest = jax.lax.Precision.HIGHEST
     heads = [tiles.heads_first(x.astype(dtype)) for x in (q, k, v)]
-    operands = tiles.place_queries(operands, request.q_len)
+    given = operands
+    operands = tiles.place_queries(tiles.of_tiles(spec, operands), request.q_len)
     tile = tiles.make_tile(request, operands, (0, request.q_len, 0, request.kv_len))
     s = request.scale * tiles.products(heads[0], heads[1], highest)
     mask = tiles.visible(spec, tile)
@@ -48,8 +50,10 @@ def run(
     # Masked scores are replaced before and after the weight map, so that neither
     # values nor gradients of masked places can reach the result.
     weights, lse = _weights(request, jnp.where(mask, s, 0), mask, operands)
-    out = tiles.mix(weights, heads[2], highest)
-    out = tiles.heads_first(out).astype(q.dtype)
+    if spec.reweight is not None:
+        weights, lse = _taken_again(spec.reweight, weights, tile), None
+    out = tiles.heads_first(tiles.mix(weights, heads[2], highest))
+    out = epilogue.run_steps(spec.epilogue, out, given).astype(q.dtype)
     return out, None if lse is None else jnp.swapaxes(lse, 1, 2)
 
 
@@ -84,15 +88,30 @@ def _weights(
     if sink is not None:
         sink = jnp.reshape(jnp.asarray(sink, s.dtype), (1, -1, 1, 1))
         row_max = jnp.maximum(row_max, sink)
+    if weight_map.floor is not None:
+        row_max = jnp.maximum(row_max, weight_map.floor)
     row_max = jnp.where(jnp.isfinite(row_max), row_max, 0)
     if not weight_map.needs_max:
-        row_max = jnp.zeros_like(row_max)
+        row_max = jnp.full_like(row_max, weight_map.bound or 0)
     row_max = jax.lax.stop_gradient(row_max)
     u = jnp.where(mask, weight_map.unnormalized(s, row_max), 0)
-    total = jnp.sum(u, axis=-1, keepdims=True)
+    summed = u
+    if weight_map.split:
+        summed = jnp.where(mask, weight_map.summed(s, row_max), 0)
+    total = jnp.sum(summed, axis=-1, keepdims=True)
     if sink is not None:
         total = total + jnp.exp(sink - row_max)
     some = total > 0
     safe = jnp.where(some, total, 1)
     lse = jnp.where(some, jnp.log(safe) + row_max, -jnp.inf)
     return u / safe, lse[..., 0]
+
+
+def _taken_again(reweight: Reweight, p: jax.Array, tile) -> jax.Array:
+    """Finished rows of weights [B, H, T, S], reweighted."""
+    peak = jax.lax.stop_gradient(jnp.max(p, axis=-1, keepdims=True))
+    b = reweight.apply(p, peak, tile)
+    if not reweight.needs_sum:
+        return b
+    total = jnp.sum(b, axis=-1, keepdims=True) + reweight.extra(peak, tile)
+    return b / jnp.where(total > 0, total, 1)

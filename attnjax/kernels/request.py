@@ -55,6 +55,11 @@ class Request:
         return self.head_dim**-0.5 if given is None else given
 
     @property
+    def core_dtype(self) -> jnp.dtype:
+        """What an output is rounded to before the epilogue: q's dtype without one."""
+        return self.compute_dtype if self.spec.epilogue else jnp.dtype(self.dtypes[0])
+
+    @property
     def compute_dtype(self) -> jnp.dtype:
         """float64 when any of q, k and v is float64, else float32."""
         wide = "float64" in self.dtypes
@@ -81,6 +86,7 @@ def make_request(
     batch, q_len, num_heads, head_dim = q.shape
     _, kv_len, num_kv_heads, value_dim = v.shape
     sizes = {"b": batch, "h": num_heads, "t": q_len, "s": kv_len}
+    sizes |= {"k": num_kv_heads, "e": value_dim}
     check_operands(operands, spec.operands, sizes)
     names = set(operands)
     _check_positions(spec, names, q_len, kv_len)

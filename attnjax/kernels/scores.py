@@ -24,6 +24,8 @@ class ScoreStep:
     operands: tuple[Operand, ...] = ()
     # Whether scores are never NaN or +inf, at masked places too.
     finite: bool = True
+    # Whether the step must be the first of its spec.
+    first: bool = False
 
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
         """New scores, same shape and dtype as `s`."""

@@ -9,6 +9,7 @@ from attnjax.kernels import tiles
 from attnjax.kernels.masks import Tile
 from attnjax.kernels.operands import Operand
 from attnjax.kernels.spec import AttentionSpec
+from attnjax.kernels.weight_maps import WeightMap
 
 # What a masked score is: so low that no score is lost beside it, and finite, so that
 # a row with nothing visible makes no NaN on its way to becoming 0.
@@ -29,6 +30,50 @@ def masked_scores(
     if all(step.finite for step in spec.score):
         return s + jnp.where(mask, 0, jnp.asarray(LOW, s.dtype))
     return jnp.where(mask, s, jnp.asarray(LOW, s.dtype))
+
+
+def start_of_max(weight_map: WeightMap) -> float:
+    """The row maximum before any key."""
+    return LOW if weight_map.floor is None else weight_map.floor
+
+
+def shift_of(weight_map: WeightMap, top: jax.Array | None) -> jax.Array | float | None:
+    """What exponentials of a forward pass are shifted by."""
+    return top if weight_map.needs_max else weight_map.bound
+
+
+def weigh(
+    weight_map: WeightMap, s: jax.Array, shift, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Numerators and what is summed, 0 where masked; one array twice unless split."""
+    u = keep(weight_map, mask, weight_map.unnormalized(s, shift))
+    if not weight_map.split:
+        return u, u
+    return u, keep(weight_map, mask, weight_map.summed(s, shift))
+
+
+def keep(weight_map: WeightMap, mask: jax.Array | None, x: jax.Array) -> jax.Array:
+    """x, 0 where masked; for a map that vanishes there it is 0 already."""
+    if mask is None or weight_map.vanishes:
+        return x
+    return jnp.where(mask, x, 0)
+
+
+def score_cotangent(
+    weight_map: WeightMap, s: jax.Array, u: jax.Array, shift, mask, ct
+) -> jax.Array:
+    """ds, from u and s at the same shift.
+
+    Args:
+        ct: (dp, d_sum): cotangents of u and of the row's sum; None for no sum.
+    """
+    dp, d_sum = ct
+    if not weight_map.split:
+        dp = dp if d_sum is None else dp + d_sum
+        return keep(weight_map, mask, weight_map.slope(s, u) * dp)
+    up, down = weight_map.slopes(s, shift)
+    ds = up * dp if d_sum is None else up * dp + down * d_sum
+    return keep(weight_map, mask, ds)
 
 
 def score_gradients(

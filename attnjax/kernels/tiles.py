@@ -39,8 +39,14 @@ def declarations(spec: AttentionSpec) -> dict[str, Operand]:
     return {operand.name: operand for operand in (*UNIVERSAL, *spec.operands)}
 
 
+def of_tiles(spec: AttentionSpec, operands: Mapping[str, jax.Array]) -> dict:
+    """The operands that tiles of scores read: all but the epilogue's."""
+    late = {operand.name for operand in spec.epilogue_operands}
+    return {name: x for name, x in operands.items() if name not in late}
+
+
 def cut(array: jax.Array, axes: str, place: Place) -> jax.Array:
-    """The part of a operand that lies in a tile, with its axes made rank 4."""
+    """The part of an operand that lies in a tile, with its axes made rank 4."""
     if axes == "*":
         return array
     q_first, q_size, k_first, k_size = place
