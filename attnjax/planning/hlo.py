@@ -249,9 +249,9 @@ def product_flops(instruction: Instruction, computation: dict) -> float:
         return 0.0
     left, right = (arrays(o.shape)[0][1] for o in operands)
     if instruction.opcode == "convolution":
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
-        features = right[labels.group(1).index("o")] if labels else 1
-        return 2.0 * out * math.prod(right) / max(1, features)
+        return 2.0 * convolution_products(
+            instruction.attributes, left, right, arrays(instruction.shape)[0][1]
+        )
     dims = re.search(
         r'lhs_contracting_dim(?:ension)?s"?[=:][\{\[]([\d,"]*)', instruction.attributes
     )
@@ -259,6 +259,57 @@ def product_flops(instruction: Instruction, computation: dict) -> float:
         return 0.0
     contracted = [int(n) for n in re.findall(r"\d+", dims.group(1))]
     return 2.0 * out * math.prod(left[n] for n in contracted)
+
+
+def convolution_products(
+    attributes: str,
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    out: tuple[int, ...],
+) -> float:
+    """Multiply-adds of a convolution, those with padding and holes left out.
+
+    TPUs write batched matrix products as convolutions whose batch axes are spatial
+    and dilated or padded so that one tap of the window meets an entry.
+
+    Args:
+        attributes: of the instruction: window and dim_labels.
+        left, right, out: dimensions of input, kernel and result.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    inputs, kernel, outputs = labels.groups()
+    products = out[outputs.index("b")] * out[outputs.index("f")]
+    products *= right[kernel.index("i")]
+    window = _window(attributes)
+    for axis in range(len(inputs) - 2):
+        name = str(axis)
+        products *= _taps(
+            left[inputs.index(name)],
+            right[kernel.index(name)],
+            out[outputs.index(name)],
+            {key: values[axis] for key, values in window.items()},
+        )
+    return float(products)
+
+
+def _window(attributes: str) -> dict[str, list[str]]:
+    """The words of a window={...} by name, one for each spatial axis."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    words = found.group(1).split() if found else []
+    pairs = (word.split("=") for word in words)
+    return {key: value.split("x") for key, value in pairs}
+
+
+def _taps(size: int, taps: int, out: int, window: dict[str, str]) -> int:
+    """Pairs of an output and a tap of the kernel that meet an entry of the input."""
+    import numpy as np
+
+    stride, holes = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
+    spread, pad = int(window.get("rhs_dilate", 1)), window.get("pad", "0_0")
+    places = np.arange(out)[:, None] * stride + np.arange(taps) * spread
+    places -= int(pad.split("_")[0])
+    inside = (places >= 0) & (places <= (size - 1) * holes) & (places % holes == 0)
+    return int(inside.sum())
 
 
 def traffic(module: Module, computation: dict, instruction: Instruction) -> float:

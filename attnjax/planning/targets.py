@@ -111,7 +111,8 @@ def _check_sizes(target: PlanTarget) -> None:
         listing = (
             ", ".join(shown)
             if len(shown) <= 30
-            else ("sizes that rise, each 1, 2 or a multiple of 4, up to 16x20x28")
+            else "sizes that rise: 1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, and multiples of "
+            "4 up to 16x16x24"
         )
         raise UserError(
             f"{OWNER}: {chip.name} has no topology {_text(sizes)!r}. Nearest: "
@@ -130,13 +131,13 @@ def topologies_of(chip: Chip) -> list[tuple[int, ...]]:
             (1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16),
         ]  # fmt: skip
     small = [(1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
-    steps = range(4, 29, 4)
+    steps = range(4, chip.most + 1, 4)
     large = [
         (a, b, c)
         for a in steps
         for b in steps
         for c in steps
-        if a <= b <= c and a <= 16 and b <= 20
+        if a <= b <= c and b <= 16
     ]
     return small + sorted(large, key=lambda s: (math.prod(s), s))
 

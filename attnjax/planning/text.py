@@ -22,6 +22,13 @@ def number(value: float) -> str:
     return f"{value:.0f} "
 
 
+def count(value: float, unit: str) -> str:
+    """A number of things: "1.31 M parameters", "3 loops", "1 loop"."""
+    if value == 1:
+        return f"1 {unit}"
+    return f"{number(value).strip()} {unit}{'es' if unit.endswith('h') else 's'}"
+
+
 def seconds(value: float) -> str:
     """A time in s, ms or us."""
     for unit, letter in ((1.0, "s"), (1e-3, "ms")):
@@ -51,9 +58,10 @@ def lines(plan: Plan) -> list[str]:
     settings = plan.config
     out = [
         f"{plan.target.name}: {plan.target.count} x {kind}, mesh "
-        f"{mesh_text(plan.mesh)}; {number(plan.parameters)}parameters, "
-        f"{plan.tokens:,} tokens a step in {settings['train']['accumulate']} "
-        f"micro-batches, {plan.dtype}, remat={settings['model']['remat']}"
+        f"{mesh_text(plan.mesh)}; {count(plan.parameters, 'parameter')}, "
+        f"{plan.tokens:,} tokens a step in "
+        f"{count(settings['train']['accumulate'], 'micro-batch')}, {plan.dtype}, "
+        f"remat={settings['model']['remat']}"
     ]
     out += _program("training step", plan.train, plan.tokens)
     if plan.decode is None:
@@ -75,20 +83,22 @@ def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
         shown.append(f"total {size(one.total)}")
     out.append("  memory per device: " + ", ".join(shown))
     if one.costs is not None:
+        products = f"{number(one.costs.flops)}FLOP in matrix products"
+        if not one.costs.flops:
+            products = "no matrix product (products with a vector became loops)"
         out.append(
-            f"  per device: {number(one.costs.flops)}FLOP in matrix products, "
-            f"{size(one.costs.bytes)} of memory traffic"
+            f"  per device: {products}, {size(one.costs.bytes)} of memory traffic"
         )
         if one.costs.unknown_loops:
             out.append(
-                f"  {one.costs.unknown_loops} loops whose length depends on data are "
-                "counted as one turn"
+                f"  {count(one.costs.unknown_loops, 'loop')} whose length depends on "
+                "data: counted as one turn"
             )
     for row in one.collectives:
         across = " across nodes" if row.across_nodes else ""
         out.append(
-            f"  {row.kind}: {size(row.bytes)} in {row.count:.0f} calls among "
-            f"{row.group} devices{across}"
+            f"  {row.kind}: {size(row.bytes)} in {count(row.count, 'call')} among "
+            f"{count(row.group, 'device')}{across}"
         )
     out += _times(one, tokens)
     out += [f"  attention by {line}" for line in kernel_lines(compiled.choices)]
@@ -103,7 +113,7 @@ def _times(one: ProgramPlan, tokens: int | None) -> list[str]:
         if one.costs is None:
             return []
         return ["  time: not estimated (no peak speeds are known for this CPU)"]
-    rate = f", {number(tokens / guess.step)}tokens/s" if tokens else ""
+    rate = f", at most {number(tokens / guess.step).strip()} tokens/s" if tokens else ""
     out = [
         f"  time: at least {seconds(guess.step)}{rate}, MFU at most "
         f"{100 * guess.mfu:.0f} % ({guess.method})",

@@ -30,8 +30,22 @@ def test_the_largest_bound_counts():
 
 
 def test_float32_has_its_own_peak():
-    costs = Costs(67e12, 0.0, (1.0, 1.0), 0)
+    costs = Costs(494.7e12, 0.0, (1.0, 1.0), 0)
     assert _estimate(H200, costs, dtype="float32").compute == 1.0
+
+
+def test_a_tpu_link_is_half_of_the_documented_two_way_bandwidth():
+    found = {name: CHIPS[name].link.value for name in ("v5e", "v5p", "v6e")}
+    assert found == {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9}
+
+
+def test_peaks_agree_with_units_and_clocks_of_the_compilers_descriptions():
+    # Units a core x multiply-adds a clock: 4 x 512 on Hopper, 4 x 1024 on Blackwell.
+    hopper = 132 * 4 * 512 * 2 * 1.8295201e9
+    blackwell = 148 * 4 * 1024 * 2 * 1.8353101e9
+    assert CHIPS["h100"].flops.value == pytest.approx(hopper, rel=0.001)
+    assert CHIPS["h200"].flops.value == pytest.approx(hopper, rel=0.001)
+    assert CHIPS["b200"].flops.value == pytest.approx(blackwell, rel=0.015)
 
 
 def test_communication_across_nodes_takes_the_network():

@@ -101,3 +101,36 @@ ENTRY %main (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
 def test_tpu_loops_get_their_length_from_the_condition():
     module = hlo.parse(TPU)
     assert hlo.costs(module).flops == 6 * 2 * 8 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("attributes", "left", "right", "out", "products"),
+    [
+        # x [11, 7] @ w [7, 13]
+        ("dim_labels=bf_io->bf", (11, 7), (7, 13), (11, 13), 11 * 7 * 13),
+        # A batch of 4 x 5 products, as holes in the input.
+        (
+            "window={size=4x5 stride=3x4 lhs_dilate=4x5}, dim_labels=01bf_01io->01bf",
+            (4, 5, 11, 7), (4, 5, 7, 13), (4, 5, 11, 13), 20 * 11 * 7 * 13,
+        ),
+        # One input, 4 kernels, as padding: each output meets one entry.
+        (
+            "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_0oi->0fb",
+            (11, 7, 1), (4, 13, 7), (4, 13, 11), 4 * 11 * 7 * 13,
+        ),
+        # A sum over 4 products.
+        (
+            "window={size=4}, dim_labels=0fb_0io->bf0",
+            (4, 7, 11), (4, 7, 13), (11, 13, 1), 4 * 11 * 7 * 13,
+        ),
+        # A causal convolution of width 3 over 9 steps: the first two lack taps.
+        (
+            "window={size=3 pad=2_0}, dim_labels=b0f_0io->b0f",
+            (2, 9, 7), (3, 7, 13), (2, 9, 13), 2 * 7 * 13 * (1 + 2 + 7 * 3),
+        ),
+    ],
+)  # fmt: skip
+def test_products_of_convolutions_leave_out_padding_and_holes(
+    attributes, left, right, out, products
+):
+    assert hlo.convolution_products(attributes, left, right, out) == products

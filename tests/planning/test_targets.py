@@ -38,6 +38,8 @@ def test_names_stand_for_platforms_and_counts(text, platform, count):
         ("v5e:3x3", "v5e has no topology '3x3'. Nearest: v5e:.*Allowed: 1x1, 2x2"),
         ("v6e:16x32", "Nearest: v6e:16x16"),
         ("v5p:4x4x5", "Nearest: v5p:4x4x4. Allowed: sizes that rise"),
+        ("v5p:16x16x28", "Nearest: v5p:16x16x24. Allowed: .* up to 16x16x24"),
+        ("v5p:8x4x4", "Nearest: v5p:4x4x8"),
     ],
 )
 def test_impossible_targets_are_refused_with_what_is_possible(text, message):
