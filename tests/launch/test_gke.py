@@ -288,6 +288,14 @@ def test_manifest_goes_to_stdout_or_to_a_file(tmp_path, capsys):
     check(yaml.safe_load(shown))
 
 
+def test_commands_of_the_readme_render(shown_commands, capsys):
+    shown = shown_commands("gke/render.py")
+    assert len(shown) == 3
+    for words in shown:
+        assert render.main(words) == 0
+        check(yaml.safe_load(capsys.readouterr().out))
+
+
 MISTAKES = {
     "unknown accelerator": (
         ["--accelerator", "v4", "--topology", "2x2x1", *BUCKET],

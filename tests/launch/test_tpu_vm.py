@@ -377,6 +377,14 @@ def test_mistake_is_one_readable_line(words, text, capsys):
     assert text in shown
 
 
+def test_commands_of_the_readme_parse(shown_commands):
+    shown = shown_commands("tpu_vm/run.py")
+    assert len(shown) == 2
+    for words in shown:
+        options, train = run.parse(words)
+        assert options.name == "big" and train[0] == "--config"
+
+
 def test_archive_holds_this_clone_and_is_the_same_each_time(tmp_path):
     if shutil.which("git") is None or not (run.ROOT / ".git").exists():
         pytest.skip("not a git clone")
