@@ -28,24 +28,26 @@ def main(argv: list[str]) -> int:
     with StopSignal() as signals:
         try:
             with signals.interrupting():
-                config, train, sample = _prepare(line)
+                config, train, sample, hosts = _prepare(line)
+                hosts.join(signals, hosts.find())
         except StopRequested:
             print(f"{signals.requested}: nothing was begun; run the command again.")
             leave(EXIT_SAVED)
-        return train(
-            config,
-            line.flags.workdir,
-            extend=line.flags.extend,
-            sample=sample,
-            signals=signals,
-        )
+        with hosts.leaving_together():
+            return train(
+                config,
+                line.flags.workdir,
+                extend=line.flags.extend,
+                sample=sample,
+                signals=signals,
+            )
 
 
 def _prepare(line: CommandLine):
     """The resolved config, and what runs it; the imports take seconds."""
     from attnjax.core import config as configs
     from attnjax.decoding.run import read_config, sample_text
-    from attnjax.training import experiment, run
+    from attnjax.training import experiment, hosts, run
 
     workdir = Path(line.flags.workdir)
     if line.config is not None:
@@ -58,7 +60,7 @@ def _prepare(line: CommandLine):
             f"--workdir={workdir}, which has no config.json. Add --config FILE."
         )
     given = configs.apply_overrides(given, list(line.overrides))
-    return experiment.resolve(given), run.train, sample_text
+    return experiment.resolve(given), run.train, sample_text, hosts
 
 
 if __name__ == "__main__":

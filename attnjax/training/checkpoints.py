@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 import attnjax
 from attnjax.core.errors import UserError
-from attnjax.training import digests, disk, state_tree
+from attnjax.training import agreement, digests, disk, state_tree
 from attnjax.training.checkpoint_reader import (
     DELETING,
     FORMAT,
@@ -85,12 +85,29 @@ class Checkpointer(CheckpointReader):
         call it while holding the run's lock.
         """
         self.wait()
-        found = super().latest()
+        found = None
+        with agreement.shared_failure():
+            if jax.process_index() == 0:
+                found = super().latest()
+                with disk_errors():
+                    self.cleared = self._clear_leftovers()
+        found = self._as_process_0(found)
         if found is not None:
             self._damaged |= {step for step, _ in found.skipped}
-        with disk_errors():
-            self.cleared = self._clear_leftovers()
         return found
+
+    def _as_process_0(self, found: Found | None) -> Found | None:
+        """What process 0 found; the others need not verify it once more."""
+        told = None
+        if found is not None:
+            told = [found.step, found.meta, found.metric, found.skipped]
+        told = agreement.broadcast(told)
+        if told is None or found is not None:
+            return found
+        step, meta, metric, skipped = told
+        self._verified.add(step)
+        pairs = tuple((number, reason) for number, reason in skipped)
+        return Found(step, self.path(step), meta, metric, pairs)
 
     #: Names of torn saves that the last `latest()` removed, for a line to the user.
     cleared: tuple[str, ...] = ()
@@ -116,10 +133,8 @@ class Checkpointer(CheckpointReader):
             TypeError, ValueError: for a leaf that is no array, meta that is not JSON.
         """
         self.wait()
-        if step not in self._damaged and self.path(step).is_dir():
-            if step in self._verified or not self.verify(step):
-                return False
-            self._damaged.add(step)
+        if agreement.broadcast(self._is_there(step)):
+            return False
         leaves = state_tree.named(state)
         state_tree.check(leaves)
         metric = None if metric is None or not math.isfinite(metric) else float(metric)
@@ -134,9 +149,11 @@ class Checkpointer(CheckpointReader):
         }
         text = disk.to_json(content)
         building = self.directory / f"{step}{SAVING}"
-        with disk_errors():
+        with agreement.shared_failure(), disk_errors():
             self._check_room(step, leaves)
-            self._start(building, leaves, text)
+            self._lay_out(building, text)
+        with disk_errors():
+            self._start(building, leaves)
         self._thread = threading.Thread(
             target=self._finish, args=(step, building, metric), name=f"commit-{step}"
         )
@@ -193,17 +210,32 @@ class Checkpointer(CheckpointReader):
                 "free. Free some, or choose another --workdir."
             )
 
-    def _start(self, building: Path, leaves: dict[str, Any], text: str) -> None:
-        """Hand the arrays to Orbax and write meta.json beside them."""
+    def _is_there(self, step: int) -> bool:
+        """Whether an intact checkpoint of a step is there; process 0 looks."""
+        if jax.process_index() != 0 or step in self._damaged:
+            return False
+        if not self.path(step).is_dir():
+            return False
+        if step in self._verified or not self.verify(step):
+            return True
+        self._damaged.add(step)
+        return False
+
+    def _lay_out(self, building: Path, text: str) -> None:
+        """Begin a save's directory, with meta.json in it."""
+        if jax.process_index() != 0:
+            return
+        if building.exists():
+            shutil.rmtree(building)
+        building.mkdir()
+        disk.write_atomic(building / META, text)
+
+    def _start(self, building: Path, leaves: dict[str, Any]) -> None:
+        """Hand the arrays to Orbax."""
         if self._orbax is None:
             # Uncompressed: weights do not compress, and zstd doubles the time.
             handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
             self._orbax = ocp.AsyncCheckpointer(handler)
-        if jax.process_index() == 0:
-            if building.exists():
-                shutil.rmtree(building)
-            building.mkdir()
-            disk.write_atomic(building / META, text)
         # Orbax copies off the devices, and copies host arrays, before it returns. It
         # refuses arrays without elements; their shape in meta.json says all.
         stored = {path: leaf for path, leaf in leaves.items() if leaf.size}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnjax import data
 from attnjax.data.prefetch import to_devices
@@ -48,7 +49,9 @@ class Evaluator:
             return jax.tree.map(lambda a, b: a + b, totals, sums)
 
         every = step if members is None else jax.vmap(step, in_axes=(0, 0, 0, None))
-        self._step = jax.jit(every)
+        # Whole on every host, so that each can read them.
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._step = jax.jit(every, out_shardings=everywhere)
 
     def _batches(self):
         source, settings = self.experiment.data, self.experiment.eval
@@ -58,7 +61,7 @@ class Evaluator:
             seq_len=source.seq_len,
             mode=source.packing,
             isolate=source.isolate,
-            rows=host_rows(self.batch_size),
+            rows=host_rows(self.batch_size, self._sharding),
         )
         return itertools.islice(batches, settings.batches)
 
@@ -71,7 +74,9 @@ class Evaluator:
             if self.should_stop():
                 raise Stopped
             batch = to_devices(batch, self._sharding)
-            totals = self._step(params, buffers, totals, batch)
+            before, totals = totals, self._step(params, buffers, totals, batch)
+            # One batch ahead and no more, or thousands would wait in memory.
+            jax.block_until_ready(before)
         totals = jax.device_get(totals)
         if self.members is None:
             return self._summary(totals)

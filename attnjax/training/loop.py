@@ -12,15 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from attnjax import data
 from attnjax.core import chips
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED
 from attnjax.data.prefetch import Prefetch, dispatches
-from attnjax.training import sharding
+from attnjax.training import agreement, sharding
 from attnjax.training.evaluation import Evaluator, Stopped
 from attnjax.training.experiment import Experiment
-from attnjax.training.hosts import host_rows
+from attnjax.training.hosts import host_rows, is_writer
 from attnjax.training.profiler import ProfileWindow
 from attnjax.training.progress import Reporter
 from attnjax.training.record import Record
@@ -91,9 +93,12 @@ class Loop:
         self._last_save = time.monotonic()
         self._clock = (time.perf_counter(), self.step)
         self._in_flight: tuple[int, int, Any] | None = None
+        self._asked_by: str | None = None
         self._evaluator = self._make_evaluator()
         self._profile = ProfileWindow(
-            services.run.path, self.train.profile_start, self.train.profile_steps
+            services.run.path,
+            self.train.profile_start if is_writer() else None,
+            self.train.profile_steps,
         )
         self._jitted = self._make_program()
         self._programs: dict[int, Any] = {}
@@ -112,7 +117,8 @@ class Loop:
         return jax.jit(
             make_dispatch(self.experiment.recipe),
             donate_argnums=0,
-            out_shardings=(placed, None),
+            # Metrics are whole on every host, so that each can read them.
+            out_shardings=(placed, NamedSharding(self.experiment.mesh, P())),
         )
 
     def _batch_sharding(self):
@@ -202,7 +208,9 @@ class Loop:
         save_due = save_every and self.step % save_every == 0
         if self.train.save_minutes is not None:
             waited = time.monotonic() - self._last_save
-            save_due = save_due or waited >= 60 * self.train.save_minutes
+            # Clocks differ between processes: one of them says.
+            is_time = agreement.broadcast(waited >= 60 * self.train.save_minutes)
+            save_due = save_due or is_time
         if eval_due:
             for record in self.records:
                 record.pending_eval = True
@@ -294,7 +302,8 @@ class Loop:
             record.services.run.set_phase(word)
 
     def _stop_requested(self) -> bool:
-        return self.services.signals.requested is not None
+        self._asked_by = agreement.stop_requested(self.services.signals)
+        return self._asked_by is not None
 
     def _leave(self) -> int:
         """Save and say how to go on."""
@@ -302,7 +311,8 @@ class Loop:
         self._save()
         self._wait()
         self.services.reporter.say(
-            f"{self.services.signals.requested}: saved at step {self.step} of "
+            f"{self._asked_by or self.services.signals.requested}: saved at step "
+            f"{self.step} of "
             f"{self.train.steps}. {self._how_to_go_on()}"
         )
         return EXIT_SAVED
@@ -312,7 +322,8 @@ def build_batch(experiment: Experiment, step: int) -> dict:
     """The batch of one step (this host's rows), micro-batches in front."""
     settings, source, parts = experiment.train, experiment.data, []
     micro = settings.batch_size // settings.accumulate
-    own = host_rows(micro) or slice(0, micro)
+    placed = sharding.batch_sharding(experiment.mesh, leading=0)
+    own = host_rows(micro, placed) or slice(0, micro)
     for index in range(settings.accumulate):
         rows = slice(index * micro + own.start, index * micro + own.stop)
         parts.append(

@@ -29,6 +29,8 @@ class MetricsLog:
 
     Args:
         path: RUN/metrics.jsonl; made when missing.
+        primary: whether this process writes; of several processes of one run only one
+            does, and the others leave the file alone.
 
     A process that is killed loses no line it has written; `sync` also guards against a
     machine that goes down. Before a checkpoint of step S is saved, every line up to S
@@ -38,8 +40,9 @@ class MetricsLog:
         UserError: on a full, read-only or forbidden disk, from any method.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, *, primary: bool = True):
         self.path = Path(path)
+        self._writes = primary
         self._handle: int | None = None
 
     def write(self, record: dict) -> None:
@@ -49,12 +52,14 @@ class MetricsLog:
             ValueError: when step or split is missing or of another kind.
         """
         _check(record)
-        self._append(_line(record))
+        if self._writes:
+            self._append(_line(record))
 
     def sync(self) -> None:
         """Put what was written on the disk."""
-        with disk.disk_errors("metrics"):
-            os.fsync(self._open())
+        if self._writes:
+            with disk.disk_errors("metrics"):
+                os.fsync(self._open())
 
     def cut_back(self, step: int) -> int:
         """Remove lines of later steps and a torn end, atomically; how many went.
@@ -62,7 +67,7 @@ class MetricsLog:
         Raises:
             UserError: when a line before the last ones is not JSON.
         """
-        if not self.path.exists():
+        if not self._writes or not self.path.exists():
             return 0
         lines, torn = _lines(self.path)
         kept = [raw for raw, record in lines if record["step"] <= step]

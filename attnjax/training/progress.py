@@ -19,10 +19,12 @@ class Reporter:
     Args:
         total: steps of the run.
         start: the step it starts from.
+        quiet: show nothing: another process of this run does.
     """
 
-    def __init__(self, total: int, *, start: int = 0):
-        self.is_terminal = sys.stdout.isatty()
+    def __init__(self, total: int, *, start: int = 0, quiet: bool = False):
+        self.is_quiet = quiet
+        self.is_terminal = sys.stdout.isatty() and not quiet
         self.total = total
         self.start = start
         self._last_line = 0.0
@@ -53,7 +55,7 @@ class Reporter:
         """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-        else:
+        elif not self.is_quiet:
             print(text, flush=True)
 
     def at(self, step: int, numbers: str = "", *, phase: str = "training") -> None:
@@ -73,7 +75,7 @@ class Reporter:
         if speed:
             text += f"  {speed:,.0f} tokens/s"
         self.at(step, text)
-        if self._bar is None:
+        if self._bar is None and not self.is_quiet:
             now = time.monotonic()
             if now - self._last_line >= 2.0 or step >= self.total:
                 self._last_line = now

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from attnjax.core import mappings
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED, UserError
 from attnjax.data import tokenizers
+from attnjax.training import agreement, finish, hosts, start, trackers
 from attnjax.training import experiment as experiments
-from attnjax.training import finish, hosts, start, trackers
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.checkpoints import Checkpointer
 from attnjax.training.disk import disk_errors
@@ -59,24 +60,31 @@ def train(
     hosts.refuse_several()
     # A mistake in the config shows here, before it has claimed the directory.
     try:
-        with signals.interrupting():
+        with signals.interrupting(), agreement.shared_failure():
             experiment = experiments.build(config)
             if not (Path(workdir) / CONFIG).exists():
                 check_source(experiment)
+        _check_others(experiment)
     except StopRequested:
         print(f"{signals.requested}: nothing was begun; run the command again.")
         leave(EXIT_SAVED)
-    with RunDirectory.open(
-        workdir,
-        config,
-        resolve=experiments.resolve,
-        identity_excludes=experiments.IDENTITY_EXCLUDES,
-        extend=extend,
-        primary=hosts.is_writer(),
-    ) as run:
+    with contextlib.ExitStack() as stack:
+        with agreement.shared_failure():
+            run = stack.enter_context(
+                RunDirectory.open(
+                    workdir,
+                    config,
+                    resolve=experiments.resolve,
+                    identity_excludes=experiments.IDENTITY_EXCLUDES,
+                    extend=extend,
+                    primary=hosts.is_writer(),
+                )
+            )
+        run.follow(agreement.broadcast(run.manifest))
         run.set_phase("start")
         if run.finished:
-            say_done(run)
+            if hosts.is_writer():
+                say_done(run)
             return EXIT_OK
         try:
             return go_on(experiment, run, signals, sample, hooks)
@@ -90,6 +98,14 @@ def train(
             )
             run.close()
             leave(EXIT_SAVED)
+
+
+def _check_others(experiment) -> None:
+    """Raise UserError unless all processes train the same on the same data."""
+    if agreement.is_several():
+        same = mappings.without(experiment.config, ("data.cache_dir", "data.data_dir"))
+        agreement.require_same("the config (by its hash)", mappings.digest(same))
+        agreement.require_same("the data", experiment.corpus.fingerprint)
 
 
 def say_done(run: RunDirectory) -> None:
@@ -123,9 +139,11 @@ def go_on(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> 
         step = int(state["step"])
         sinks = begin(experiment, run, metrics, step)
         # The evaluation was done after this checkpoint, before a kill.
-        pending_eval = pending_eval and not metrics.has(step, "eval")
+        is_due = pending_eval and not metrics.has(step, "eval")
+        pending_eval = agreement.broadcast(is_due)
         _say_start(experiment, run, step)
-        with Reporter(experiment.train.steps, start=step) as reporter:
+        quiet = not hosts.is_writer()
+        with Reporter(experiment.train.steps, start=step, quiet=quiet) as reporter:
             services = Services(
                 run, metrics, checkpoints, signals, reporter, sinks, tuple(hooks)
             )
@@ -145,11 +163,12 @@ def go_on(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> 
 @contextlib.contextmanager
 def opened(experiment, run: RunDirectory):
     """A run's (MetricsLog, Checkpointer), closed at the end of the block."""
-    with disk_errors("workdir"):
-        tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
+    with agreement.shared_failure(), disk_errors("workdir"):
+        if hosts.is_writer():
+            tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
     settings = experiment.train
     with (
-        MetricsLog(run.metrics) as metrics,
+        MetricsLog(run.metrics, primary=hosts.is_writer()) as metrics,
         Checkpointer(
             run.checkpoints,
             keep_last=settings.keep_last,
@@ -161,15 +180,16 @@ def opened(experiment, run: RunDirectory):
 
 def begin(experiment, run: RunDirectory, metrics: MetricsLog, step: int) -> tuple:
     """Record that a process goes on from `step`; the run's trackers."""
-    changes = run.start(
-        step,
-        data_fingerprint=experiment.corpus.fingerprint,
-        data=experiment.corpus.provenance,
-    )
-    for line in changes:
-        print(line, flush=True)
-    metrics.cut_back(step)
-    return _trackers(experiment, run, step)
+    with agreement.shared_failure():
+        changes = run.start(
+            step,
+            data_fingerprint=experiment.corpus.fingerprint,
+            data=experiment.corpus.provenance,
+        )
+        for line in changes:
+            print(line, flush=True)
+        metrics.cut_back(step)
+        return _trackers(experiment, run, step)
 
 
 def conclude(
@@ -180,7 +200,8 @@ def conclude(
     for sink in services.trackers:
         sink.finish()
     if code == EXIT_OK:
-        _finish(experiment, run, services.metrics, state, sample)
+        with agreement.shared_failure():
+            _finish(experiment, run, services.metrics, state, sample)
     run.end("finished" if code == EXIT_OK else "saved", step)
     run.set_phase("done")
 
@@ -188,12 +209,13 @@ def conclude(
 def _first_state(experiment, run, checkpoints, signals) -> tuple[dict, bool]:
     """The state to go on from, and whether its evaluation is still due."""
     found = checkpoints.latest()
-    for step, reason in found.skipped if found else ():
+    for step, reason in found.skipped if found and hosts.is_writer() else ():
         print(f"checkpoint of step {step} is damaged and was skipped: {reason}")
     run.set_phase("compile")
     with signals.interrupting():
         if found is not None:
-            print(f"resuming from step {found.step} ({found.path})")
+            if hosts.is_writer():
+                print(f"resuming from step {found.step} ({found.path})")
             state, meta = start.restore(experiment, checkpoints, found.step)
             return state, bool(meta["pending_eval"])
         if experiment.train.init_from is None:
@@ -205,7 +227,8 @@ def state_from_source(experiment) -> dict:
     """The first state of a run with train.init_from."""
     check_source(experiment)
     reader = CheckpointReader(Path(experiment.train.init_from) / "checkpoints")
-    return start.start_from(experiment, reader, print)
+    say = print if hosts.is_writer() else lambda line: None
+    return start.start_from(experiment, reader, say)
 
 
 def _trackers(experiment, run, step: int) -> tuple:
@@ -226,6 +249,8 @@ def _trackers(experiment, run, step: int) -> tuple:
 
 
 def _say_start(experiment, run, step: int) -> None:
+    if not hosts.is_writer():
+        return
     config, corpus = experiment.config, experiment.corpus
     devices = jax.devices()
     print(
@@ -249,7 +274,15 @@ def _finish(experiment, run, metrics, state: dict, sample) -> None:
         return
     text = None
     if sample is not None and experiment.train.sample_tokens:
-        text = sample(experiment, state)
+        own = hosts.on_this_host(state)
+        if own is None:
+            print(
+                "no sample: the parameters are split over several processes. In one: "
+                f"python -m attnjax.generate --workdir {run.path}"
+            )
+        else:
+            text = sample(experiment, own)
+    if text is not None:
         with disk_errors("workdir"):
             (run.samples() / f"step_{int(jnp.asarray(state['step']))}.txt").write_text(
                 text

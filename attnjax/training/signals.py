@@ -34,6 +34,10 @@ class StopSignal:
     KeyboardInterrupt at once; a second SIGTERM changes nothing. The handlers that
     were there before come back at exit.
 
+    Attributes:
+        several: this process is one of several that stop together, so it may no longer
+            leave by itself: `interrupting` then interrupts nothing.
+
     Raises:
         RuntimeError: when entered outside the main thread, which Python's signal
             handlers belong to.
@@ -50,6 +54,7 @@ class StopSignal:
         self._before: dict[int, object] = {}
         self._interrupting = False
         self._requested: str | None = None
+        self.several = False
 
     @property
     def requested(self) -> str | None:
@@ -84,11 +89,16 @@ class StopSignal:
         stopped: leave the process with `leave`, since unwinding the interpreter under
         that thread crashes.
         """
+        if self.several:
+            yield
+            return
         self._interrupting = True
         try:
             self._raise_if_requested()
             yield
-            self._raise_if_requested()
+            # The block may have joined others.
+            if not self.several:
+                self._raise_if_requested()
         except (StopRequested, KeyboardInterrupt):
             raise
         except BaseException as error:

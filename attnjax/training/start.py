@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from attnjax.core.errors import UserError
 from attnjax.models.layout import Layout
@@ -52,19 +54,30 @@ def start_from(experiment: Experiment, checkpointer, say) -> dict:
     )
     state = new_state(experiment)
     params, report = transfer.transfer(
-        state["params"],
+        jax.tree.map(_whole, state["params"]),
         experiment.model.layout,
         source,
         layers=experiment.train.init_layers,
     )
     for line in report.lines():
         say(line)
-    state["params"] = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), params, state["params"]
-    )
+    state["params"] = jax.tree.map(_put, params, state["params"])
     if "ema" in state:
         state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state
+
+
+def _whole(value: jax.Array) -> np.ndarray:
+    """An array's value in this process's memory, wherever its parts are."""
+    if value.is_fully_addressable or value.is_fully_replicated:
+        return np.asarray(value)
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+
+
+def _put(new: np.ndarray, old: jax.Array) -> jax.Array:
+    """A value that every process has, placed like `old`."""
+    new = np.asarray(new, old.dtype)
+    return jax.make_array_from_callback(new.shape, old.sharding, lambda i: new[i])
 
 
 def restore(experiment: Experiment, checkpointer, step: int) -> tuple[dict, dict]:
