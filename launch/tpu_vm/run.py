@@ -288,7 +288,10 @@ def stop(tpu: Tpu, options: argparse.Namespace) -> int:
         say("nothing runs: there is no active TPU VM.")
         return EXIT_OK
     worker = worker_script(options)
-    return tpu.ssh(f"if [ -f {worker} ]; then bash {worker} stop; fi")
+    code = tpu.ssh(f"if [ -f {worker} ]; then bash {worker} stop; fi")
+    if code != EXIT_OK:
+        raise Mistake(f"not every worker could be told to stop (exit {code}).")
+    return code
 
 
 def install(tpu: Tpu, options: argparse.Namespace, packed: bytes) -> int:

@@ -79,7 +79,7 @@ follow() {
 
 run() {
     local name="$1" workdir from
-    if [[ "$(cat "$state/start" 2>/dev/null)" == "$name" ]]; then
+    if [[ "$(cat "$state/start" 2>/dev/null)" == "$name" ]] || alive; then
         follow
         return
     fi

@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import jsonschema
 import pytest
 import yaml
 
@@ -14,6 +13,7 @@ from attnjax.training import hosts
 from launch.gke import render
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
+jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA = json.loads(Path(__file__).with_name("jobset_v1alpha2.json").read_text())
 # The oldest that the manifests name, and one that is newer.

@@ -171,19 +171,13 @@ def test_preempted_training_goes_on_on_a_new_machine(cloud, capfd):
     assert len((cloud.folder / "uv.0").read_text().splitlines()) == 4
 
 
-def test_suspended_before_the_command_is_made_anew(cloud):
-    cloud.plays("SUSPENDED", "ABSENT", "ACTIVE", codes=[0])
-    assert launch() == 0
-    assert cloud.verbs()[:2] == ["delete", "create"]
-
-
 def test_preempted_while_installing_is_no_error(cloud):
     cloud.plays("ACTIVE", "SUSPENDED", "SUSPENDED", *WAITING, codes=[0], ssh=[1, "run"])
     cloud.make_workers()
     assert launch() == 0
 
 
-@pytest.mark.parametrize(("code", "text"), [(2, ""), (1, "ended with 1"), (137, "137")])
+@pytest.mark.parametrize(("code", "text"), [(2, ""), (1, "ended with 1")])
 def test_other_ends_are_reported_and_not_repeated(cloud, capfd, code, text):
     cloud.plays("ACTIVE", codes=[code, 0])
     cloud.make_workers()
@@ -238,6 +232,27 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+def test_a_second_start_follows_the_first(cloud):
+    cloud.plays("ACTIVE", codes=[0])
+    cloud.make_workers()
+    assert launch() == 0
+    (cloud.folder / "codes.0").write_text("wait\n")
+    home = cloud.folder / "worker-0"
+    worker = home / "attnjax-big/launch/tpu_vm/worker.sh"
+    environment = {**os.environ, "HOME": str(home)}
+
+    def begin(*words):
+        return subprocess.Popen(["bash", worker, *words], env=environment)
+
+    processes = [begin("run", "one", "/runs", "--config", "c.py")]
+    wait_for(lambda: len(cloud.starts(0)) == 2)
+    processes.append(begin("run", "two", "/runs", "--config", "c.py"))
+    time.sleep(0.3)
+    assert begin("stop").wait(20) == 0
+    assert [process.wait(20) for process in processes] == [run.STOPPED, run.STOPPED]
+    assert len(cloud.starts(0)) == 2
+
+
 def test_gcloud_may_repeat_the_command_that_starts(cloud):
     cloud.plays("ACTIVE", codes=[75, 0])
     cloud.make_workers()
@@ -262,6 +277,21 @@ def test_connection_that_never_works_is_an_error(cloud, capsys, monkeypatch):
     assert launch() == 2
     assert len(cloud.calls("ssh")) == 3
     assert "the connection to the workers broke 3 times" in capsys.readouterr().err
+
+
+def test_stop_that_does_not_reach_a_worker_is_an_error(cloud, capsys):
+    cloud.plays("ACTIVE", ssh=[255])
+    assert launch("--stop", "--delete", train=[]) == 2
+    assert (
+        "not every worker could be told to stop (exit 255)" in capsys.readouterr().err
+    )
+    assert "delete" not in cloud.verbs()
+
+
+def test_worker_that_runs_no_command_is_an_error(cloud, capsys):
+    cloud.plays("ACTIVE", ssh=[1])
+    assert launch() == 2
+    assert "no command runs on the workers (exit 1)" in capsys.readouterr().err
 
 
 def test_stop_without_a_machine_does_nothing(cloud):
@@ -385,15 +415,34 @@ def test_commands_of_the_readme_parse(shown_commands):
         assert options.name == "big" and train[0] == "--config"
 
 
-def test_archive_holds_this_clone_and_is_the_same_each_time(tmp_path):
-    if shutil.which("git") is None or not (run.ROOT / ".git").exists():
-        pytest.skip("not a git clone")
-    script = tmp_path / "site.sh"
+def test_archive_holds_the_clone_as_it_is_and_is_the_same_each_time(
+    tmp_path, monkeypatch
+):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    root, script = tmp_path / "clone", tmp_path / "site.sh"
     script.write_text("true\n")
+    (root / "launch").mkdir(parents=True)
+    for name in ("kept", "edited", "removed", "launch/new", "ignored.tmp"):
+        (root / name).write_text("before\n")
+    (root / ".gitignore").write_text("*.tmp\n")
+    for words in (["init", "--quiet"], ["add", "kept", "edited", "removed"]):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    (root / "edited").write_text("after\n")
+    (root / "removed").unlink()
+    monkeypatch.setattr(run, "ROOT", root)
     packed = run.pack(script)
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        names = set(archive.getnames())
-    wanted = {"pyproject.toml", "constraints.txt", "attnjax/train.py"}
-    assert wanted | {"launch/tpu_vm/site_setup.sh", "launch/tpu_vm/worker.sh"} <= names
-    assert not [name for name in names if name.startswith(".git/")]
+        names = archive.getnames()
+        assert archive.extractfile("edited").read() == b"after\n"
+    site = "launch/tpu_vm/site_setup.sh"
+    assert sorted(names) == [".gitignore", "edited", "kept", "launch/new", site]
+    os.utime(root / "kept", (1, 1))
     assert run.pack(script) == packed
+
+
+def test_archive_of_no_clone_is_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    with pytest.raises(run.Mistake, match="is not a git clone: fatal: not a git"):
+        run.pack(None)
