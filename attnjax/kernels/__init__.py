@@ -1,12 +1,13 @@
 """Arrays in, arrays out: attention by a static spec. Imports jax and nothing of ours.
 
 Start at `attention` (dispatch.py); what it computes is an `AttentionSpec` (spec.py)
-of a mask (masks.py), score steps (scores.py, low_rank.py), a weight map
-(weight_maps.py), perhaps a second pass over its rows (reweight.py), and an epilogue
-(epilogue.py).
+of a mask (masks.py, grid_masks.py, block_masks.py), score steps (scores.py,
+relative.py, low_rank.py), a weight map (weight_maps.py), perhaps a second pass over
+its rows (reweight.py), and an epilogue (epilogue.py).
 `linear_attention` (linear/dispatch.py) is the family of recurrences on a state.
 """
 
+from attnjax.kernels.block_masks import BlockLists, BlockMask, mark_blocks
 from attnjax.kernels.choices import Choice, watching
 from attnjax.kernels.dispatch import IMPLEMENTATIONS, attention, choose, explain
 from attnjax.kernels.epilogue import (
@@ -15,6 +16,7 @@ from attnjax.kernels.epilogue import (
     HeadScale,
     OutputGate,
 )
+from attnjax.kernels.grid_masks import Dilated, Neighborhood
 from attnjax.kernels.linear.dispatch import (
     LINEAR_IMPLEMENTATIONS,
     empty_linear_state,
@@ -38,7 +40,9 @@ from attnjax.kernels.masks import (
     Span,
     Tile,
 )
+from attnjax.kernels.merge import merge
 from attnjax.kernels.operands import Operand
+from attnjax.kernels.relative import RelativeBias, t5_bias, t5_buckets
 from attnjax.kernels.request import Request, make_request
 from attnjax.kernels.reweight import Clip, Reweight, Sharpen
 from attnjax.kernels.scores import ALiBi, Bias, ScoreFn, ScoreStep, SoftCap
@@ -62,10 +66,13 @@ __all__ = [
     "And",
     "AttentionSpec",
     "Bias",
+    "BlockLists",
+    "BlockMask",
     "Causal",
     "Choice",
     "Clip",
     "Coverage",
+    "Dilated",
     "EluPlusOne",
     "EpilogueStep",
     "Full",
@@ -75,11 +82,13 @@ __all__ = [
     "LowRankBias",
     "Mask",
     "MaskFn",
+    "Neighborhood",
     "Operand",
     "Or",
     "OutputGate",
     "Polynomial",
     "Prefix",
+    "RelativeBias",
     "ReluPower",
     "Request",
     "Reweight",
@@ -106,6 +115,10 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "make_request",
+    "mark_blocks",
+    "merge",
+    "t5_bias",
+    "t5_buckets",
     "watching",
     "widen",
 ]

@@ -2,13 +2,15 @@
 
 What it would compute otherwise, or without a gradient, is refused by name: a mask
 array would be materialised at [B, 1, T, S], a window without the causal flag has
-attended to the future, and the bias has a gradient at batch 1 alone.
+attended to the future, and the bias has a gradient at batch 1 alone. An epilogue is
+left to XLA, after it.
 """
 
 from collections.abc import Mapping
 
 import jax
 
+from attnjax.kernels import epilogue
 from attnjax.kernels.masks import Causal, Full, SlidingWindow
 from attnjax.kernels.request import Request
 from attnjax.kernels.scores import Bias
@@ -75,6 +77,8 @@ def _score(request: Request) -> str | None:
 
 
 def _rest(request: Request) -> str | None:
+    if request.spec.reweight is not None:
+        return "makes one pass over the keys; reweight needs two"
     if request.spec.weight_map != Softmax():
         return f"computes plain softmax, not {request.spec.weight_map}"
     if request.spec.return_lse:
@@ -103,4 +107,7 @@ def run(
         local_window_size=window,
         implementation="cudnn",
     )
+    if request.spec.epilogue:
+        steps, wide = request.spec.epilogue, request.compute_dtype
+        out = epilogue.run_steps(steps, out.astype(wide), operands).astype(q.dtype)
     return out, None

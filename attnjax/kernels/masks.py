@@ -36,6 +36,8 @@ class Tile:
         q: int32 [1 or B, 1, t, 1], position of each query.
         k: int32 [1 or B, 1, 1, s], position of each key.
         operands: tiles of the spec's operands by name; "table" operands whole.
+        contiguous: whether q and k are known to count up by one, [1, 1, t, 1] and
+            [1, 1, 1, s].
     """
 
     b: jax.Array
@@ -43,6 +45,7 @@ class Tile:
     q: jax.Array
     k: jax.Array
     operands: dict[str, jax.Array]
+    contiguous: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Mask:
 
     # Whether the mask reads positions, so that `coverage` needs static ones.
     positional: bool = False
-    # Whether `coverage` finds every tile that can be skipped. If not, the tiles are
+    # Whether `coverage` finds the tiles that can be skipped. If not, the tiles are
     # sorted on the device from what `visible` says.
     complete: bool = False
     # The arrays that the mask needs.
@@ -74,6 +77,10 @@ class Mask:
         """What is left of a tile, from positions alone; PARTIAL when unknown."""
         del span
         return Coverage.PARTIAL
+
+    def check_lengths(self, q_len: int, kv_len: int) -> None:
+        """Refuse lengths that the mask was not made for, where positions are 0 to
+        T - 1 and 0 to S - 1."""
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
@@ -269,6 +276,11 @@ class _Pair(Mask):
     def operands(self) -> tuple[Operand, ...]:
         """The arrays of both."""
         return merge_declarations([self.first.operands, self.second.operands])
+
+    def check_lengths(self, q_len: int, kv_len: int) -> None:
+        """Both masks agree to the lengths."""
+        self.first.check_lengths(q_len, kv_len)
+        self.second.check_lengths(q_len, kv_len)
 
 
 @dataclasses.dataclass(frozen=True)

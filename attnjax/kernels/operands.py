@@ -2,7 +2,7 @@
 
 A mask, score step or weight map declares its arrays as `Operand`s. Axes are letters:
 b batch, h query heads, t queries, s keys, and for arrays that no tile of scores reads
-k kv heads, e value features, r any size; an axis may have size 1 where one value
+k kv heads, e value features, others any size; an axis may have size 1 where one value
 serves the whole axis. Implementations cut operands into tiles that broadcast against
 scores [B, H, t, s]; axes "*" marks an operand that is handed over whole.
 """
@@ -38,12 +38,15 @@ class Operand:
             that is handed over whole.
         kind: "float", "int", "bool" or "any".
         trains: whether it has a gradient.
+        shape: for axes "*", letters that its shape is checked by, "" for none.
+            Letters beyond b, h, t, s, k and e stand for any size.
     """
 
     name: str
     axes: str
     kind: str = "float"
     trains: bool = False
+    shape: str = ""
 
 
 # Taken with every spec: coordinates of queries and keys, and which keys exist.
@@ -103,10 +106,13 @@ def check_operands(
         _check_one(known[name], array, sizes)
 
 
+def _letters(operand: Operand) -> str:
+    return operand.shape if operand.axes == "*" else operand.axes
+
+
 def _axes_text(operand: Operand) -> str:
-    if operand.axes == "*":
-        return "of any shape"
-    return "[" + ", ".join(operand.axes.upper()) + "]"
+    letters = _letters(operand)
+    return "[" + ", ".join(letters.upper()) + "]" if letters else "of any shape"
 
 
 def _check_one(operand: Operand, array, sizes: Mapping[str, int]) -> None:
@@ -116,14 +122,15 @@ def _check_one(operand: Operand, array, sizes: Mapping[str, int]) -> None:
             f"attention: operand {operand.name!r} must be {operand.kind}; "
             f"got dtype={array.dtype}."
         )
-    if operand.axes == "*":
+    letters = _letters(operand)
+    if not letters:
         return
-    legal = len(array.shape) == len(operand.axes) and all(
-        axis == "r" or size in (1, sizes[axis])
-        for size, axis in zip(array.shape, operand.axes, strict=True)
+    legal = len(array.shape) == len(letters) and all(
+        axis not in sizes or size in (1, sizes[axis])
+        for size, axis in zip(array.shape, letters, strict=True)
     )
     if not legal and not (operand is Q_OFFSET and array.shape == ()):
-        full = tuple(sizes.get(axis, "any") for axis in operand.axes)
+        full = tuple(sizes.get(axis, "any") for axis in letters)
         raise ValueError(
             f"attention: operand {operand.name!r} must have shape "
             f"{_axes_text(operand)} = {full} (or 1 in an axis that it shares); "

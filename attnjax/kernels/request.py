@@ -142,6 +142,8 @@ def _check_positions(
             "attention: q_offset and q_positions both say where queries are. Pass one."
         )
     placed = names & {"q_offset", "q_positions", "k_positions"}
+    if not placed:
+        spec.mask.check_lengths(q_len, kv_len)
     if spec.mask.positional and q_len != kv_len and not placed:
         raise ValueError(
             "attention: a mask by position needs to know where the queries are when "

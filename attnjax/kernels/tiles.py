@@ -4,6 +4,7 @@ Everything here works on heads-first arrays: q [B, H, T, D], k [B, K, S, D],
 v [B, K, S, E]. `reference` uses one tile that covers everything.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -75,6 +76,7 @@ def make_tile(
         q=cuts.pop("q_positions", queries[None, None, :, None]),
         k=cuts.pop("k_positions", keys[None, None, None, :]),
         operands=cuts,
+        contiguous=not {"q_positions", "k_positions"} & set(operands),
     )
 
 
@@ -141,9 +143,7 @@ def score_chain(
     """The spec's score steps as one function of (scores, trained operand tiles)."""
 
     def chain(s: jax.Array, trained: Mapping[str, jax.Array]) -> jax.Array:
-        merged = Tile(
-            b=tile.b, h=tile.h, q=tile.q, k=tile.k, operands=tile.operands | trained
-        )
+        merged = dataclasses.replace(tile, operands=tile.operands | trained)
         for step in spec.score:
             s = step.apply(s, merged)
         return s
