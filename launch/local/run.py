@@ -3,8 +3,8 @@
     python launch/local/run.py --processes 2 --devices_per_process 4 -- \
         --config configs/quickstart.py --config.mesh.data=-1 --workdir runs/two
 
-What follows `--` goes to `python -m attnjax.train`. The output of process 0 is shown;
-every process's output is kept in a file of its own (--logs, default WORKDIR.logs).
+What follows `--` goes to `python -m attnjax.train`. The output of process 0 is shown,
+that of every other one is kept in a file (--logs, default WORKDIR.logs).
 
 One request to stop (Ctrl-C, SIGTERM, SIGUSR1) is passed to process 0: all of them save
 and end with exit code 75, and the same command goes on. When a process dies, the others
@@ -100,7 +100,7 @@ def free_port() -> int:
 
 
 def start(index: int, port: int, options, rest: list[str], logs: Path):
-    """One process; process 0 writes to our output through `tee`-like files."""
+    """Start one process; the output of process 0 is ours."""
     environment = {
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -116,17 +116,19 @@ def start(index: int, port: int, options, rest: list[str], logs: Path):
         own = range(first, first + options.gpus_per_process)
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, own))
     command = [sys.executable, "-m", "attnjax.train", *rest]
-    path = logs / f"process_{index}.log"
-    with open(path, "ab") as log:
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
+    with contextlib.ExitStack() as stack:
+        log = None
+        if index > 0:
+            path = logs / f"process_{index}.log"
+            log = stack.enter_context(open(path, "ab"))
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
         return subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            # Process 0 is shown here, the others are kept.
-            stdout=None if index == 0 else log,
-            stderr=None if index == 0 else log,
+            stdout=log,
+            stderr=log,
             # Ctrl-C reaches us alone: we pass it on once.
             start_new_session=True,
         )

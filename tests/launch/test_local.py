@@ -1,7 +1,9 @@
 """Two processes of four CPU devices each train one run, through launch/local/run.py."""
 
+import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -213,6 +215,19 @@ def test_processes_with_different_configs_do_not_train(corpus, tmp_path):
     for text in texts:
         assert "must be the same in all processes" in text and "Traceback" not in text
     assert not run.exists()
+
+
+def test_pages_show_commands_that_the_launcher_takes():
+    spec = importlib.util.spec_from_file_location("launch_local_run", RUN)
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    for page in ("README.md", "launch/README.md", "launch/local/run.py"):
+        text = (REPOSITORY / page).read_text().replace("\\\n", " ")
+        lines = [line for line in text.splitlines() if "launch/local/run.py --" in line]
+        assert lines, page
+        for line in lines:
+            options, rest = launcher.parse(shlex.split(line)[2:])
+            assert options.processes == 2 and "--workdir" in rest
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -12,6 +13,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "reliability")]
 
 import one_node_slurm  # noqa: E402
 import tiny_run  # noqa: E402
+
+from attnjax.training import metrics  # noqa: E402
 
 pytestmark = pytest.mark.slurm
 
@@ -293,23 +296,26 @@ def test_submitit_array_goes_on_after_its_time_limit(cluster, bench, limited_swe
     assert "nothing to submit" in said
 
 
-def test_two_tasks_find_one_another_under_jax_distributed(cluster, bench):
-    program = bench.folder / "python"
-    program.write_text(
-        f'#!/bin/bash\nexec {sys.executable} {HERE / "sum_over_processes.py"} "$@"\n'
-    )
-    program.chmod(0o755)
+def test_two_tasks_train_one_run_and_are_requeued_together(cluster, bench, undisturbed):
     job = submit(
         cluster,
         bench,
         "two tasks",
         script="train_multinode.sbatch",
-        sbatch=["--nodes=1", "--ntasks-per-node=2"],
-        environment={"PYTHON": str(program)},
+        sbatch=["--nodes=1", "--ntasks-per-node=2", "--signal=USR1@60"],
+        words=["--config.mesh.data=2"],
+        environment=PACED,
     )
-    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    cluster.wait("steps", lambda: step(bench, "two tasks") >= 55)
+    # To the tasks alone, as before the time limit.
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait_for_state(job, "COMPLETED", "FAILED", limit=400)
     said = output(bench, job)
     assert cluster.state(job) == "COMPLETED", said
-    for index in (0, 1):
-        assert f"{index} of 2: 3 for -u -m attnjax.train --config" in said
-    assert said.count(f"--workdir '{bench.folder / 'two tasks'}'") == 2
+    assert cluster.show(job)["Restarts"] == "1"
+    assert "resuming from step" in said and "2 x cpu" in said
+    runs = [bench.folder / name for name in ("undisturbed", "two tasks")]
+    losses = [
+        [line["loss"] for line in metrics.read(run / "metrics.jsonl")] for run in runs
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
