@@ -19,7 +19,7 @@ class Collective:
     Attributes:
         kind: HLO's name.
         group: devices in a group.
-        across_nodes: whether a group's devices lie in several nodes.
+        nodes: that a group's devices lie in.
         count: how often it runs in a step.
         bytes: of the whole array (the larger of what goes in and comes out of a
             device), over all runs.
@@ -27,17 +27,31 @@ class Collective:
 
     kind: str
     group: int
-    across_nodes: bool
+    nodes: int
     count: float
     bytes: float
 
     @property
     def sent(self) -> float:
         """Bytes that a device sends, by the ring algorithm."""
+        return self._passed_on(self.group)
+
+    @property
+    def sent_across(self) -> float:
+        """Bytes that a device sends to other nodes.
+
+        Those of a group that are in one node share what leaves it.
+        """
+        if self.nodes < 2:
+            return 0.0
+        return self._passed_on(self.nodes) * self.nodes / self.group
+
+    def _passed_on(self, parts: int) -> float:
+        """Bytes that leave one of `parts` members of a ring."""
         if self.kind.startswith("collective"):
             return self.bytes
         passes = 2 if self.kind == "all-reduce" else 1
-        return passes * self.bytes * (self.group - 1) / self.group
+        return passes * self.bytes * (parts - 1) / parts
 
 
 def collectives(module: Module, devices: int, node: int | None) -> list[Collective]:
@@ -50,8 +64,8 @@ def collectives(module: Module, devices: int, node: int | None) -> list[Collecti
         ids = first_group(instruction.attributes, devices)
         if len(ids) < 2 and not kind.startswith("collective"):
             continue
-        across = node is not None and len({i // node for i in ids}) > 1
-        total = found.setdefault((kind, len(ids), across), [0.0, 0.0])
+        nodes = 1 if node is None else len({i // node for i in ids})
+        total = found.setdefault((kind, len(ids), nodes), [0.0, 0.0])
         total[0] += times
         total[1] += times * _size(instruction, computation)
     rows = [Collective(*key, *total) for key, total in found.items()]

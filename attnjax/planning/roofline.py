@@ -8,7 +8,7 @@ from attnjax.planning.hlo import Costs
 
 ROOFLINE = "roofline of the compiled module on the chip's peaks"
 UNUSABLE = f"{ROOFLINE}; XLA's own figure is not a positive time"
-XLA = "XLA's optimal_seconds, loops counted as often as they run"
+XLA = "XLA's optimal_seconds, loops counted as often as they run, or the network"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def estimate(
     compute = costs.flops / peak
     memory = costs.bytes / chip.bandwidth.value
     network = sum(
-        row.sent / (chip.network if row.across_nodes else chip.link).value
+        max(row.sent / chip.link.value, row.sent_across / chip.network.value)
         for row in collectives
     )
     step, method = max(compute, memory, network), ROOFLINE
@@ -68,6 +68,6 @@ def estimate(
         once = max(flops / peak, moved / chip.bandwidth.value)
         if once > 0:
             step = optimal_seconds * max(1.0, max(compute, memory) / once)
-            method = XLA
+            step, method = max(step, network), XLA
     mfu = min(1.0, model_flops / (chip.flops.value * step)) if step else 0.0
     return Estimate(compute, memory, network, step, method, mfu)

@@ -10,44 +10,38 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from attnjax.core.errors import UserError
-from attnjax.planning import planner, problem, targets
+from attnjax.planning import formulas, planner
+from attnjax.planning.formulas import Facts, Split
 from attnjax.planning.planner import Plan
 from attnjax.planning.targets import PlanTarget
 from attnjax.planning.text import mesh_text, number, seconds, size
 
-REMATS = ("none", "dots", "full")
-# Extra forward work and kept activations, as shares of a layer's.
-_REMAT = {"none": (0.0, 1.0), "dots": (0.1, 0.6), "full": (1 / 3, 0.05)}
+REMATS = tuple(formulas.REMAT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One combination.
+    """One combination, weighed by formula.
 
     Attributes:
-        data, fsdp, tensor: sizes of the mesh axes.
-        remat: config.model.remat.
-        accumulate: config.train.accumulate.
-        memory: bytes a device, by formula.
-        cost: relative time of a step, by formula.
+        split: mesh axes, remat policy and micro-batches.
+        memory: bytes a device.
+        cost: of a step: seconds, give or take what is not known.
     """
 
-    data: int
-    fsdp: int
-    tensor: int
-    remat: str
-    accumulate: int
+    split: Split
     memory: float
     cost: float
 
     def apply(self, config: dict) -> dict:
         """The config with this setting."""
         changed = copy.deepcopy(config)
+        one = self.split
         changed["mesh"].update(
-            data=self.data, fsdp=self.fsdp, tensor=self.tensor, sequence=1
+            data=one.data, fsdp=one.fsdp, tensor=one.tensor, sequence=1
         )
-        changed["model"]["remat"] = self.remat
-        changed["train"]["accumulate"] = self.accumulate
+        changed["model"]["remat"] = one.remat
+        changed["train"]["accumulate"] = one.accumulate
         return changed
 
 
@@ -123,19 +117,21 @@ def _rank(plan: Plan):
 
 def describe(one: Setting) -> str:
     """A setting in words."""
-    mesh = {"data": one.data, "fsdp": one.fsdp, "tensor": one.tensor}
-    return f"{mesh_text(mesh)}, remat={one.remat}, accumulate={one.accumulate}"
+    split = one.split
+    mesh = {"data": split.data, "fsdp": split.fsdp, "tensor": split.tensor}
+    return f"{mesh_text(mesh)}, remat={split.remat}, accumulate={split.accumulate}"
 
 
 def settings(config: dict, target: PlanTarget) -> list[Setting]:
     """All combinations, the cheapest by formula first."""
-    facts = _Facts.of(config, target)
-    found = [
-        facts.setting(data, fsdp, tensor, remat, accumulate)
+    facts = Facts.of(config, target)
+    splits = [
+        Split(data, fsdp, tensor, remat, accumulate)
         for data, fsdp, tensor in _meshes(target.count, facts)
         for remat in REMATS
         for accumulate in _micro_batches(facts.batch, data * fsdp)
     ]
+    found = [Setting(s, facts.memory(s), facts.seconds(s)) for s in splits]
     if not found:
         raise UserError(
             "--search: config.train.batch_size must be a multiple of data x fsdp for "
@@ -145,7 +141,7 @@ def settings(config: dict, target: PlanTarget) -> list[Setting]:
     return sorted(found, key=lambda s: (s.cost, s.memory))
 
 
-def _meshes(count: int, facts: "_Facts") -> Iterator[tuple[int, int, int]]:
+def _meshes(count: int, facts: Facts) -> Iterator[tuple[int, int, int]]:
     for tensor in _divisors(count):
         if tensor > 8 or facts.heads % tensor or facts.kv_heads % tensor:
             continue
@@ -169,72 +165,6 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-    """Numbers for the formulas."""
-
-    params: int
-    layers: int
-    width: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    batch: int
-    seq_len: int
-    state_bytes: int
-    item: int
-
-    @classmethod
-    def of(cls, config: dict, target: PlanTarget) -> "_Facts":
-        single = copy.deepcopy(config)
-        single["mesh"].update(data=1, fsdp=1, tensor=1, sequence=1)
-        here = problem.experiment(single, target, targets.devices(target)[:1])
-        from attnjax.training import start
-
-        dims = here.model.dims
-        return cls(
-            params=here.model.parameter_count(),
-            layers=dims.num_layers,
-            width=dims.embed_dim,
-            mlp=here.model.block_dims.mlp_dim,
-            heads=dims.num_heads,
-            kv_heads=dims.num_kv_heads,
-            vocab=here.model.vocab_size,
-            batch=config["train"]["batch_size"],
-            seq_len=config["data"]["seq_len"],
-            state_bytes=problem.device_bytes(start.abstract_state(here)),
-            item=4 if dims.dtype == "float32" else 2,
-        )
-
-    def setting(self, data, fsdp, tensor, remat, accumulate) -> Setting:
-        rows = self.batch // (data * fsdp * accumulate)
-        tokens = rows * self.seq_len
-        extra, kept = _REMAT[remat]
-        layer = tokens * (12 * self.width + 4 * self.mlp / tensor) * self.item
-        state = (self.state_bytes + 4 * self.params) / (fsdp * tensor)
-        residual = self.layers * tokens * self.width * self.item
-        logits = min(tokens * self.vocab, 1 << 24) * 8 / tensor
-        memory = state + residual + self.layers * kept * layer + 2 * layer + logits
-        # Relative to the device's share of the products, which is the same for all:
-        # what remat repeats, what tensor parallelism sends for every layer and what
-        # is gathered or reduced for every micro-batch.
-        sent = 0.0
-        if fsdp > 1:
-            sent += 3.0 * self.params / tensor * accumulate
-            # The compiler also splits activations over fsdp, and exchanges them.
-            sent += 4.0 * residual * accumulate
-        if data > 1:
-            sent += 4.0 * self.params / (fsdp * tensor) * accumulate
-        if tensor > 1:
-            sent += 8.0 * residual * accumulate
-        total = self.batch * self.seq_len / (data * fsdp * tensor)
-        work = 6.0 * self.params * total
-        # About 1000 FLOPs of compute take as long as a byte of communication.
-        cost = 1.0 + extra + 2.0 * 1000 * sent / max(work, 1.0)
-        return Setting(data, fsdp, tensor, remat, accumulate, memory, cost)
-
-
 def lines(found: Found, show: int) -> list[str]:
     """A table of the best settings."""
     out = [
@@ -252,8 +182,8 @@ def lines(found: Found, show: int) -> list[str]:
             if train.estimate is not None:
                 rate = plan.tokens / train.estimate.step
                 result += (
-                    f", at least {seconds(train.estimate.step)} a step, "
-                    f"{number(rate)}tokens/s, MFU at most "
+                    f", at least {seconds(train.estimate.step)} a step, at most "
+                    f"{number(rate).strip()} tokens/s, MFU at most "
                     f"{100 * train.estimate.mfu:.0f} %"
                 )
         out.append(f"{place + 1}. {flags(config, plan)}: {result}")

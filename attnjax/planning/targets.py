@@ -48,7 +48,8 @@ class PlanTarget:
     @property
     def kernel_target(self) -> kernels.Target:
         """What kernels are chosen for."""
-        return kernels.Target(self.platform, self.chip.kind if self.chip else "cpu")
+        kind = self.chip.kind if self.chip else "cpu"
+        return kernels.Target(self.platform, kind, num_devices=self.count)
 
 
 def parse(text: str) -> PlanTarget:

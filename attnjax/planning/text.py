@@ -95,7 +95,7 @@ def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
                 "data: counted as one turn"
             )
     for row in one.collectives:
-        across = " across nodes" if row.across_nodes else ""
+        across = f" in {row.nodes} nodes" if row.nodes > 1 else ""
         out.append(
             f"  {row.kind}: {size(row.bytes)} in {count(row.count, 'call')} among "
             f"{count(row.group, 'device')}{across}"

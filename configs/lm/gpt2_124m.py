@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     config.data.packing = "windows"
 
     config.task = ConfigDict()
-    # Over all devices: a shard of it is what one holds.
-    config.task.loss_chunk = 131_072
+    # Tokens whose logits a device holds at one time.
+    config.task.loss_chunk = 8192
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"

@@ -36,8 +36,8 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 4096
 
     config.task = ConfigDict()
-    # Over all devices: a shard of it is what one holds.
-    config.task.loss_chunk = 65_536
+    # Tokens whose logits a device holds at one time.
+    config.task.loss_chunk = 4096
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"

@@ -1,13 +1,16 @@
 """Plan the four language models on five targets: writes table.json and table.md.
 
-    python docs/planning/make_table.py [MODEL ...]
+    python docs/planning/make_table.py [--anew] [MODEL ...]
 
-Needs the extra `aot` and a quarter of an hour on two cores. Of each model and target,
-`--search` chose mesh, remat policy and micro-batches. With MODEL only those rows are
-made anew.
+Needs the extra `aot` and half an hour on two cores. Of each model and target `--search`
+chose mesh, remat policy and micro-batches. Cells that table.json has are kept, so a
+second run makes only what is missing; --anew makes all of them (or of MODEL) again. A
+cell that takes more than LIMIT seconds of processor time gets a row that says so.
 """
 
 import json
+import multiprocessing
+import resource
 import sys
 from pathlib import Path
 
@@ -19,17 +22,69 @@ ROOT = HERE.parent.parent
 MODELS = ("gpt2_124m", "gpt2_1.5b", "llama_8b", "llama_70b")
 TARGETS = ("h200:8", "h200:64", "v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 TRIES = 4
+LIMIT = 360
+INTRODUCTION = f"""\
+Made by `python docs/planning/make_table.py`, which needs no accelerator: the programs
+were compiled, none was run. Mesh, remat policy and micro-batches were chosen by search
+(`python -m attnjax.plan --search`): a formula weighs all possible settings, the
+cheapest that should fit is compiled, and the first of at most {TRIES} that does fit is
+taken. Memory is per device; step times are lower bounds, tokens/s and MFU upper bounds.
+""".splitlines()
 
 
-def main(wanted: list[str]) -> None:
-    """Fill in what is wanted, and write both files after every row."""
+def main(words: list[str]) -> None:
+    """Fill in what is missing, and write both files after every cell."""
+    wanted = [word for word in words if word != "--anew"] or list(MODELS)
     file = HERE / "table.json"
     rows = json.loads(file.read_text()) if file.is_file() else {}
-    for model in wanted or MODELS:
-        for target in TARGETS:
-            rows[f"{model} on {target}"] = row(model, target)
-            file.write_text(json.dumps(rows, indent=1) + "\n")
-            (HERE / "table.md").write_text(markdown(rows))
+    if "--anew" in words:
+        rows = {key: row for key, row in rows.items() if row["model"] not in wanted}
+    for target in TARGETS:
+        for model in wanted:
+            if f"{model} on {target}" not in rows:
+                print(f"{model} on {target}", flush=True)
+                rows[f"{model} on {target}"] = limited(model, target)
+                write(rows)
+    write(rows)
+
+
+def write(rows: dict) -> None:
+    """Both files, the rows in the order of the table."""
+    keys = [f"{model} on {target}" for model in MODELS for target in TARGETS]
+    rows = {key: rows[key] for key in keys if key in rows}
+    (HERE / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (HERE / "table.md").write_text(markdown(rows))
+
+
+def limited(model: str, target: str) -> dict:
+    """`row` in a process of its own, which the system ends at the limit."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(theirs, model, target))
+    before = _children_seconds()
+    child.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        found = None
+    child.join()
+    if found is not None:
+        return found
+    if _children_seconds() - before < 0.9 * LIMIT:
+        raise SystemExit(f"{model} on {target}: failed with {child.exitcode}")
+    return {"model": model, "target": target, "gave_up_after": LIMIT}
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _child(pipe, model: str, target: str) -> None:
+    # Nothing in the process can interrupt a compilation; the system ends it.
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+    pipe.send(row(model, target))
 
 
 def row(model: str, name: str) -> dict:
@@ -40,12 +95,16 @@ def row(model: str, name: str) -> dict:
     target = targets.parse(name)
     targets.prepare(target)
     config = experiment.resolve(configs.load_file(f"{ROOT}/configs/lm/{model}.py"))
-    print(f"{model} on {name}", flush=True)
     found = search.search(config, target, tries=TRIES, enough=1, say=print)
     plan = planner.to_json(found.plans[0])
     del plan["config"], plan["chip"]
     print("  " + search.lines(found, 1)[1], flush=True)
-    return {"model": model, "compiled": len(found.plans), **plan}
+    return {
+        "model": model,
+        "possible": found.possible,
+        "tried": len(found.plans),
+        **plan,
+    }
 
 
 def markdown(rows: dict) -> str:
@@ -53,9 +112,7 @@ def markdown(rows: dict) -> str:
     out = [
         "# Four language models on five targets",
         "",
-        "Made by `python docs/planning/make_table.py`. Mesh, remat policy and",
-        "micro-batches: the best of at most four that a search compiled. Memory is per",
-        "device; times are lower bounds of one training step. Nothing here was run.",
+        *INTRODUCTION,
         "",
         "| model | target | setting | memory | usable | fits | step, at least "
         "| tokens/s, at most | MFU, at most | bound by | compiled in |",
@@ -70,6 +127,9 @@ def markdown(rows: dict) -> str:
 
 
 def _cells(one: dict) -> list[str]:
+    if "train" not in one:
+        gave_up = f"not compiled in {one['gave_up_after']} s of processor time"
+        return [one["model"], one["target"], "", "", "", gave_up, *[""] * 5]
     train = one["train"]
     memory, guess = train["bytes_per_device"], train["estimate"]
     setting = (
@@ -106,9 +166,10 @@ def _cells(one: dict) -> list[str]:
 
 def _notes(rows: dict) -> list[str]:
     methods: dict[str, list[str]] = {}
+    rows = {key: one for key, one in rows.items() if "train" in one}
     for key, one in rows.items():
         guess = one["train"]["estimate"]
-        if guess is not None:
+        if guess is not None and one["train"]["fits"]:
             methods.setdefault(guess["method"], []).append(key)
     out = ["Where the times come from:", ""]
     for method, keys in methods.items():

@@ -50,10 +50,16 @@ def test_peaks_agree_with_units_and_clocks_of_the_compilers_descriptions():
 
 def test_communication_across_nodes_takes_the_network():
     costs = Costs(0.0, 0.0, (0.0, 0.0), 0)
-    near = Collective("all-gather", 8, False, 1, 450e9)
-    far = Collective("all-gather", 8, True, 1, 450e9)
+    near = Collective("all-gather", 8, 1, 1, 450e9)
+    far = Collective("all-gather", 8, 8, 1, 450e9)
     assert _estimate(H200, costs, [near]).network == pytest.approx(7 / 8)
     assert _estimate(H200, costs, [far]).network == pytest.approx(9 * 7 / 8)
+
+
+def test_devices_of_a_node_share_the_way_to_the_other_nodes():
+    costs = Costs(0.0, 0.0, (0.0, 0.0), 0)
+    rows = [Collective("all-reduce", 64, 8, 1, 400e9)]
+    assert _estimate(H200, costs, rows).network == pytest.approx(2 * 7 / 8)
 
 
 def test_the_compilers_own_figure_is_scaled_by_the_loops():
@@ -61,6 +67,8 @@ def test_the_compilers_own_figure_is_scaled_by_the_loops():
     found = _estimate(V5E, costs, optimal=2.5)
     assert found.step == pytest.approx(7.5)
     assert found.method == roofline.XLA
+    slow = [Collective("all-gather", 4, 1, 1, 8000e9)]
+    assert _estimate(V5E, costs, slow, optimal=2.5).step == pytest.approx(30)
 
 
 def test_a_negative_figure_of_the_compiler_is_not_used_and_told():

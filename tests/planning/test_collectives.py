@@ -23,12 +23,15 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
 
 def test_bytes_are_those_of_the_whole_array():
     rows = collectives.collectives(hlo.parse(MODULE), 4, node=2)
-    assert [(r.kind, r.group, r.across_nodes, r.count, r.bytes) for r in rows] == [
-        ("all-gather", 4, True, 1, 512),
-        ("all-reduce", 2, False, 1, 128),
+    assert [(r.kind, r.group, r.nodes, r.count, r.bytes) for r in rows] == [
+        ("all-gather", 4, 2, 1, 512),
+        ("all-reduce", 2, 1, 1, 128),
     ]
     assert rows[0].sent == 512 * 3 / 4
     assert rows[1].sent == 2 * 128 / 2
+    # Two nodes exchange halves, by two devices each.
+    assert rows[0].sent_across == 512 / 2 / 2
+    assert rows[1].sent_across == 0.0
 
 
 @pytest.mark.parametrize(

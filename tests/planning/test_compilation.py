@@ -79,7 +79,7 @@ def test_cudnn_is_replaced_and_the_choice_says_so():
 
 def test_ruling_out_everything_is_refused():
     x = jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.float32)
-    rest = {name: "no" for name in ("reference", "blocked", "cudnn")}
+    rest = {module.NAME: "no" for module in kernels.IMPLEMENTATIONS}
     with (
         kernels.watching(rest),
         pytest.raises(NotImplementedError, match="blocked is ruled out"),

@@ -8,7 +8,7 @@ import pytest
 
 from attnjax.core import config as configs
 from attnjax.core.errors import UserError
-from attnjax.planning import planner, problem, search, targets, text
+from attnjax.planning import formulas, planner, problem, search, targets, text
 from attnjax.training import experiment
 
 ROOT = Path(__file__).parents[2]
@@ -106,24 +106,26 @@ def test_shipped_models_have_the_published_sizes(name, count):
 
 def _facts(**changes):
     numbers = dict(
-        params=10**6, layers=3, width=32, mlp=48, heads=4, kv_heads=2, vocab=256,
-        batch=24, seq_len=31, state_bytes=12 * 10**6, item=2,
+        params=10**6, head=8192, tables=2, layers=3, width=32, mlp=48, heads=4,
+        kv_heads=2, vocab=256, batch=24, seq_len=31, flops=6e7, loss_tokens=100,
+        state_bytes=12 * 10**6, item=2, node=8,
+        rates={"flops": 1e15, "bandwidth": 5e12, "link": 4e11, "network": 5e10},
     )  # fmt: skip
-    return search._Facts(**{**numbers, **changes})
+    return formulas.Facts(**{**numbers, **changes})
 
 
 def _settings(monkeypatch, facts):
-    monkeypatch.setattr(search._Facts, "of", lambda config, target: facts)
+    monkeypatch.setattr(formulas.Facts, "of", lambda config, target: facts)
     return search.settings({}, targets.parse("h200:8"))
 
 
 def test_settings_of_a_search_are_all_possible(monkeypatch):
     found = _settings(monkeypatch, _facts())
-    for one in found:
+    for one in [setting.split for setting in found]:
         assert one.data * one.fsdp * one.tensor == 8
         assert 2 % one.tensor == 0  # key/value heads
         assert 24 % (one.data * one.fsdp * one.accumulate) == 0
-    assert {one.remat for one in found} == set(search.REMATS)
+    assert {one.split.remat for one in found} == set(search.REMATS)
     assert len(set(found)) == len(found)
     assert [one.cost for one in found] == sorted(one.cost for one in found)
 
