@@ -32,6 +32,12 @@ def vary_together(tree):
     return rebuild.unflatten(cast)
 
 
+def inside_shard_map() -> bool:
+    """Whether the code being traced runs on each device of a mesh by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 def mosaic_gpu_kernel(body, *, name: str, out_type, scratch, interpret=None, **options):
     """`plgpu.kernel`, whose argument names changed in jax 0.10.2.
 

@@ -18,11 +18,14 @@ class Target:
         device_kind: the device's own name, e.g. "NVIDIA H200" or "TPU v5e"; "" when
             it is not known, which refuses what depends on it.
         jax_version: version of jax that compiles the program.
+        num_devices: how many devices the compiler splits the program over. It cannot
+            split some kernels: with more than one, those are for `shard_map` alone.
     """
 
     platform: str
     device_kind: str = ""
     jax_version: str = jax.__version__
+    num_devices: int = 1
 
     def __post_init__(self):
         if self.platform not in PLATFORMS:
@@ -35,5 +38,7 @@ class Target:
 def default_target() -> Target:
     """The default backend of this process, for callers that named no target."""
     return Target(
-        platform=jax.default_backend(), device_kind=jax.devices()[0].device_kind
+        platform=jax.default_backend(),
+        device_kind=jax.devices()[0].device_kind,
+        num_devices=jax.device_count(),
     )

@@ -36,6 +36,7 @@ def test_auto_takes_blocked_on_cpu_and_says_why_not_the_others():
         "reference: supports it, but only when asked for by name",
         "blocked: supports it",
         "cudnn: needs platform gpu, not cpu",
+        "mosaic_tpu: needs platform tpu, not cpu",
     ]
 
 

@@ -95,6 +95,7 @@ def arrays(kv_heads, *, batch=B, heads=H, dtype=jnp.float32):
         "bias": normal(1, heads, T, T),
         "alibi_slopes": normal(heads),
         "sink": normal(heads),
+        "head_scale": normal(heads),
         "strength": normal(heads),
         "tilt": 0.3 * normal(batch, 1, T),
         "slant": normal(1, heads, T),
@@ -157,6 +158,25 @@ def test_kernels_equal_dense_float64(name):
     if "not there" in name:
         operands["kv_mask"] = jnp.arange(T)[None] < jnp.asarray([[17], [4]])
     given = (q, k, v, operands, cotangents)
+    agree(value_and_grads(run, spec, *given), oracle(spec, *given))
+
+
+MAPS = {
+    "bounded softmax": (kernels.Softmax(bound=20.0, sink="logit"), CAUSAL),
+    "softplus": (kernels.SoftplusL1(), kernels.SlidingWindow(5)),
+    "polynomial": (kernels.Polynomial(eps=0.0), PACKED),
+    "softpick": (kernels.Softpick(), PACKED),
+    "squared relu": (kernels.ReluPower(power=2, factor=0.3), CAUSAL),
+    "normalised elu": (kernels.EluPlusOne(normalise=True), CAUSAL),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_every_kind_of_weight_map_equals_dense_float64(name):
+    weight_map, mask = MAPS[name]
+    spec = AttentionSpec(mask=mask, weight_map=weight_map, epilogue=kernels.HeadScale())
+    q, k, v, pool, cotangents = arrays(1, batch=1, heads=2)
+    given = (q, k, v, operands_of(spec, pool), cotangents)
     agree(value_and_grads(run, spec, *given), oracle(spec, *given))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from attnjax.kernels import tile_math, tiles
+from attnjax.kernels import epilogue, tile_math, tiles
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.mosaic_tpu import backward, layout, steps
 from attnjax.kernels.mosaic_tpu.blocks import plan_blocks
@@ -22,12 +22,16 @@ def attend(
     request: Request, q, k, v, operands: Arrays, *, block_sizes=None, interpret=False
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output [B, T, H, E] in q's dtype, and log-sum-exp [B, T, H] if normalised."""
-    operands = tiles.place_queries(operands, request.q_len)
+    spec = request.spec
     plan = plan_blocks(request, block_sizes)
-    known = tiles.declarations(request.spec)
-    trained = {n: x for n, x in operands.items() if known[n].trains}
-    fixed = {n: x for n, x in operands.items() if not known[n].trains}
-    return _attend(plan, interpret, q, k, v, trained, fixed)
+    placed = tiles.place_queries(tiles.of_tiles(spec, operands), request.q_len)
+    known = tiles.declarations(spec)
+    trained = {n: x for n, x in placed.items() if known[n].trains}
+    fixed = {n: x for n, x in placed.items() if not known[n].trains}
+    out, lse = _attend(plan, interpret, q, k, v, trained, fixed)
+    if spec.epilogue:
+        out = epilogue.run_steps(spec.epilogue, out, operands).astype(q.dtype)
+    return out, lse
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -40,7 +44,7 @@ def _attend_fwd(plan: BlockPlan, interpret, q, k, v, trained, fixed):
     kinds = steps.tile_kinds(plan, operands)
     walk = Walk(plan, steps.list_steps(kinds), interpret=interpret)
     arranged = layout.arrange_operands(plan, operands)
-    out, lse = forward(walk, *_heads(plan, q, k, v), arranged, q.dtype)
+    out, lse = forward(walk, *_heads(plan, q, k, v), arranged, plan.request.core_dtype)
     out = tiles.heads_first(out)[:, : plan.request.q_len]
     if lse is not None:
         lse = jnp.swapaxes(lse[:, :, 0, : plan.request.q_len], 1, 2)

@@ -161,12 +161,9 @@ def tile_gradient(walk: Walk, inputs: Arrays, name: str) -> jax.Array:
     plan = walk.plan
     array = inputs["operands"][name]
 
-    def kernel(walk, words_ref, refs, outputs, scratch):
-        _tile_gradient(walk, words_ref, refs, outputs, scratch, name)
-
     found = call(
         walk,
-        kernel,
+        _tile_gradient,
         inputs,
         _input_specs(walk, inputs),
         {name: jax.ShapeDtypeStruct(array.shape, array.dtype)},
@@ -177,21 +174,22 @@ def tile_gradient(walk: Walk, inputs: Arrays, name: str) -> jax.Array:
     return found[name]
 
 
-def _tile_gradient(walk: Walk, words_ref, refs, outputs, scratch, name: str) -> None:
+def _tile_gradient(walk: Walk, words_ref, refs, outputs, scratch) -> None:
     place, kind, first, last = walk.here(words_ref)
+    ((name, total),) = scratch.items()
     pl.when(first)(lambda: _clear(scratch))
 
     def body(masked):
         *_, spread = _tile_gradients(
             walk.plan, place, refs, masked=masked, swapped=False
         )
-        scratch[name][...] += spread[name]
+        total[...] += spread[name]
 
     walk.visit(kind, body)
 
     @pl.when(last)
     def _():
-        outputs[name][...] = scratch[name][...].astype(outputs[name].dtype)
+        outputs[name][...] = total[...].astype(outputs[name].dtype)
 
 
 def _clear(scratch) -> None:
@@ -210,22 +208,21 @@ def _tile_gradients(plan: BlockPlan, place, refs, *, masked: bool, swapped: bool
     request, spec = plan.request, plan.request.spec
     weight_map = spec.weight_map
     pairs = [(refs["q"][...], refs["k"][...]), (refs["d_out"][...], refs["v"][...])]
-    raw, ds = (dot(*(p[::-1] if swapped else p), LAST_AXES) for p in pairs)
+    raw, dp = (dot(*(p[::-1] if swapped else p), LAST_AXES) for p in pairs)
     raw = raw * request.scale
     tile = layout.read_tile(plan, refs["operands"], place, swapped=swapped)
     mask = layout.visible(plan, tile, place, swapped=swapped) if masked else None
     s = tile_math.masked_scores(spec, raw, tile, mask)
-    shift = factor = None
+    shift = factor = d_sum = None
     if weight_map.needs_sum:
         shift, d_sum = (
             refs[name][...] if swapped else layout.turn(refs[name][...])
             for name in ("shift", "d_sum")
         )
-        ds = ds + d_sum
-        if not weight_map.needs_max:
+        if not weight_map.exponential:
             factor, shift = jnp.exp(-shift), None
-    u = weight_map.unnormalized(s, shift)
-    ds = weight_map.slope(s, u) * ds
+    u = tile_math.keep(weight_map, mask, weight_map.unnormalized(s, shift))
+    ds = tile_math.score_cotangent(weight_map, s, u, shift, mask, (dp, d_sum))
     weights = u
     if factor is not None:
         ds, weights = ds * factor, u * factor

@@ -8,31 +8,38 @@ from attnjax.kernels.request import Request
 
 # Lanes of a vector register: blocks are multiples of it.
 LANES = 128
-# Square blocks that are weighed against one another, in tokens. A tile of 512 x 512
-# float32 scores is 1 MiB, and a backward body holds about six of them in VMEM.
-CANDIDATES = (512, 256, 128)
-# What a step of the grid costs, in scores.
-STEP_OVERHEAD = 32_768
-# Features (of q, k or v) up to which the largest block fits VMEM.
-WIDE = 256
+# (block_q, block_k) that are weighed against one another, in tokens. The bodies hold up
+# to a dozen tiles of float32 in the 16 MiB of VMEM that a kernel has; the wide ones
+# only where a tile of features or of a bias does not come on top.
+WIDE = (512, 1024)
+CANDIDATES = (WIDE, (512, 512), (256, 256), (128, 128))
+WIDE_FEATURES = 128
+# What a step of the grid costs, in scores: a third of a microsecond.
+STEP_OVERHEAD = 2**16
 
 
 def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockPlan:
     """Choose block sizes, or take the given ones."""
     if block_sizes is not None:
         return BlockPlan(request, *block_sizes)
-    wide = max(request.head_dim, request.value_dim) > WIDE
-    plans = [_plan(request, size) for size in CANDIDATES[1 if wide else 0 :]]
-    return min(plans, key=_cost)
+    sizes = CANDIDATES if _is_light(request) else CANDIDATES[1:]
+    return min((_plan(request, *size) for size in sizes), key=_cost)
 
 
-def _plan(request: Request, size: int) -> BlockPlan:
-    """Blocks of `size`, cut to the padded lengths."""
+def _is_light(request: Request) -> bool:
+    """Whether blocks take little memory beside their scores."""
+    narrow = max(request.head_dim, request.value_dim) <= WIDE_FEATURES
+    tiles = any(operand.axes in ("bhts", "*") for operand in request.spec.operands)
+    return narrow and set(request.dtypes) == {"bfloat16"} and not tiles
 
-    def cut(length: int) -> int:
+
+def _plan(request: Request, block_q: int, block_k: int) -> BlockPlan:
+    """Blocks of at most these sizes, cut to the padded lengths."""
+
+    def cut(size: int, length: int) -> int:
         return min(size, -(-length // LANES) * LANES)
 
-    return BlockPlan(request, cut(request.q_len), cut(request.kv_len))
+    return BlockPlan(request, cut(block_q, request.q_len), cut(block_k, request.kv_len))
 
 
 def _cost(plan: BlockPlan) -> int:

@@ -166,7 +166,7 @@ def call(walk: Walk, kernel, inputs, in_specs, outputs, out_specs, scratch, feat
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
         ),
-        name=f"attention_{kernel.__name__.strip('_')}",
+        name=f"attention{kernel.__name__}",
         interpret=walk.interpret,
         cost_estimate=pl.CostEstimate(
             flops=2 * scores * features,

@@ -72,9 +72,9 @@ def _forward(walk: Walk, words_ref, refs, outputs, scratch) -> None:
 
     @pl.when(first)
     def _():
+        least = tile_math.start_of_max(walk.plan.request.spec.weight_map)
         for name, ref in scratch.items():
-            start = tile_math.LOW if name == "top" else 0.0
-            ref[...] = jnp.full(ref.shape, start, ref.dtype)
+            ref[...] = jnp.full(ref.shape, least if name == "top" else 0.0, ref.dtype)
 
     walk.visit(kind, lambda masked: _absorb(walk.plan, place, refs, scratch, masked))
     pl.when(last)(lambda: _finish(walk.plan, place, refs, outputs, scratch))
@@ -94,11 +94,12 @@ def _absorb(plan: BlockPlan, place, refs, scratch, masked: bool) -> None:
         scratch["top"][...] = top
         fade = jnp.exp(old - top)
         acc = acc * fade
-    u = spec.weight_map.unnormalized(s, top)
+    shift = tile_math.shift_of(spec.weight_map, top)
+    u, summed = tile_math.weigh(spec.weight_map, s, shift, mask)
     if "total" in scratch:
         total = scratch["total"][...]
         total = total if fade is None else total * fade
-        scratch["total"][...] = total + jnp.sum(u, axis=1, keepdims=True)
+        scratch["total"][...] = total + jnp.sum(summed, axis=1, keepdims=True)
     v = refs["v"][...]
     scratch["acc"][...] = acc + dot(u.astype(v.dtype), v, PRODUCT)
 
@@ -112,7 +113,8 @@ def _finish(plan: BlockPlan, place, refs, outputs, scratch) -> None:
         tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
         sink = tile_math.sink_column(spec, tile.operands, jnp.float32)
         sink = None if sink is None else sink.reshape(1, 1)
-        factor, lse = tile_math.row_results(top, scratch["total"][...], sink)
+        shift = tile_math.shift_of(spec.weight_map, top)
+        factor, lse = tile_math.row_results(shift, scratch["total"][...], sink)
         acc = acc * factor
         outputs["lse"][...] = layout.turn(lse)
     outputs["out"][...] = acc.astype(outputs["out"].dtype)

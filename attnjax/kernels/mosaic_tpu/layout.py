@@ -50,12 +50,9 @@ def form_of(operand: Operand, shape: tuple[int, ...]) -> str:
 
 
 def operand_forms(plan: BlockPlan) -> dict[str, str]:
-    """The form of each operand that the kernels read.
-
-    The weight map's own operands are scalars as well, one for each head.
-    """
+    """The form of each operand that the kernels read."""
     known = tiles.declarations(plan.request.spec)
-    shapes = dict(plan.request.operand_shapes)
+    shapes = tiles.of_tiles(plan.request.spec, dict(plan.request.operand_shapes))
     # `tiles.place_queries` has turned it into positions.
     if "q_offset" in shapes:
         offset = shapes.pop("q_offset")
@@ -170,7 +167,10 @@ def _read(form: str, ref, place: Place, swapped: bool) -> jax.Array:
         h = place.h if ref.shape[1] > 1 else 0
         return ref[b, h]
     if form == "tile":
-        return ref[...].T if swapped else ref[...]
+        value = ref[...]
+        if value.dtype == jnp.bfloat16:
+            value = value.astype(jnp.float32)
+        return value.T if swapped else value
     along_lanes = swapped if form == "row" else not swapped
     return ref[...] if along_lanes else turn(ref[...])
 

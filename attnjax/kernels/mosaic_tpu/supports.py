@@ -1,6 +1,7 @@
 """What the TPU kernels take, and why not the rest."""
 
 from attnjax.kernels import tiles
+from attnjax.kernels.compat import inside_shard_map
 from attnjax.kernels.request import Request
 
 DTYPES = ("bfloat16", "float32")
@@ -9,13 +10,18 @@ MAX_HEAD_DIM = 256
 
 def supports(request: Request) -> str | None:
     """Why the TPU kernels cannot compute the request, or None."""
-    checks = (_device, _arrays, _operands)
+    checks = (_device, _arrays, _spec)
     return next((reason for check in checks if (reason := check(request))), None)
 
 
 def _device(request: Request) -> str | None:
     if request.target.platform != "tpu":
         return f"needs platform tpu, not {request.target.platform}"
+    if request.target.num_devices > 1 and not inside_shard_map():
+        return (
+            f"has to sit inside shard_map in a program for "
+            f"{request.target.num_devices} devices"
+        )
     return None
 
 
@@ -31,7 +37,10 @@ def _arrays(request: Request) -> str | None:
     return None
 
 
-def _operands(request: Request) -> str | None:
+def _spec(request: Request) -> str | None:
+    if request.spec.reweight is not None:
+        name = type(request.spec.reweight).__name__
+        return f"takes no second pass over rows, as {name} is"
     known = tiles.declarations(request.spec)
     for name in sorted(request.operand_names):
         if known[name].axes == "*":

@@ -1,0 +1,126 @@
+"""The TPU attention kernels through the TPU's own compiler: pytest -m aot."""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from attnjax import kernels
+from attnjax.kernels import AttentionSpec
+from attnjax.planning import targets
+
+MIB = 2**20
+VMEM = {"v5e:1x1": 16 * MIB, "v6e:1x1": 32 * MIB}
+CAUSAL = kernels.Causal()
+IDS = {name: ((1, 2048), jnp.int32) for name in ("q_segment_ids", "k_segment_ids")}
+FULL_BIAS = {"bias": ((1, 8, 2048, 2048), jnp.bfloat16)}
+
+
+def tilted(s, b, h, q, k, strength, tilt):
+    return s * (1 + tilt) - strength * jnp.log((q - k + 1).astype(s.dtype))
+
+
+TILT = {"strength": ((8,), jnp.float32), "tilt": ((1, 1, 2048), jnp.float32)}
+TILTED = kernels.ScoreFn(tilted, ("strength", "tilt"), ("head", "column"))
+# Name -> chip, spec, operands, key/value heads, D, E.
+CASES = {
+    "causal": ("v5e:1x1", AttentionSpec(mask=CAUSAL), {}, 8, 128, 128),
+    "causal on v6e, wide": ("v6e:1x1", AttentionSpec(mask=CAUSAL), {}, 8, 256, 256),
+    "window, sigmoid, narrow": (
+        "v5e:1x1",
+        AttentionSpec(
+            mask=kernels.SlidingWindow(255), weight_map=kernels.Sigmoid(-7.0)
+        ),
+        {},
+        4,
+        80,
+        64,
+    ),
+    "packed, capped, sink": (
+        "v5e:1x1",
+        AttentionSpec(
+            mask=CAUSAL & kernels.Segments(),
+            score=kernels.SoftCap(30.0),
+            weight_map=kernels.Softmax(sink="logit"),
+            return_lse=True,
+        ),
+        IDS | {"sink": ((8,), jnp.float32)},
+        2,
+        128,
+        128,
+    ),
+    "bias": ("v5e:1x1", AttentionSpec(score=kernels.Bias()), FULL_BIAS, 8, 64, 64),
+    "score function": (
+        "v5e:1x1",
+        AttentionSpec(mask=CAUSAL, score=TILTED),
+        TILT,
+        2,
+        128,
+        128,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def chip():
+    """Name -> a described device; libtpu may be open in another process too."""
+    lacking = targets.missing_extra("tpu")
+    if lacking is not None:
+        pytest.skip(lacking)
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+    def describe(name):
+        target = targets.parse(name)
+        targets.prepare(target)
+        return targets.devices(target)[0], target.kernel_target
+
+    return describe
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward_compile_and_fit(name, chip, record_property):
+    where, spec, operands, kv_heads, d, e = CASES[name]
+    device, target = chip(where)
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        place = SingleDeviceSharding(device)
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    q, k = shape(1, 2048, 8, d), shape(1, 2048, kv_heads, d)
+    v = shape(1, 2048, kv_heads, e)
+    given = {n: shape(*size, dtype=dtype) for n, (size, dtype) in operands.items()}
+    fixed = {n: x for n, x in given.items() if x.dtype == jnp.int32}
+    trained = {n: x for n, x in given.items() if n not in fixed}
+
+    def total(q, k, v, trained, fixed):
+        out = kernels.attention(
+            q,
+            k,
+            v,
+            spec,
+            trained | fixed,
+            implementation="mosaic_tpu",
+            target=target,
+        )
+        return sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(out))
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))
+    text = step.lower(q, k, v, trained, fixed).compile().as_text()
+    found = vmem_of_kernels(text)
+    assert len(found) == (4 if "bias" in given else 3)
+    record_property("vmem_bytes", found)
+    assert all(0 < used <= VMEM[where] for used in found), found
+    # Scores exist in tiles alone, but for a bias, which is an array already.
+    if "bias" not in given:
+        assert "2048,2048" not in text
+
+
+def vmem_of_kernels(text: str) -> list[int]:
+    """Bytes of VMEM that the compiler gave each Pallas kernel of a module."""
+    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    pattern = r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"'
+    return [int(re.search(pattern, line).group(1)) for line in calls]

@@ -1,0 +1,149 @@
+"""The TPU kernels become Mosaic modules on any machine, in every variant."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax import kernels
+from attnjax.kernels import AttentionSpec, Target
+
+TPU = Target("tpu", "TPU v5 lite")
+CAUSAL = kernels.Causal()
+F32, I32, BF16 = jnp.float32, jnp.int32, jnp.bfloat16
+B, T, H = 2, 1024, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOther:
+    stride: int
+
+    def __call__(self, b, h, q, k):
+        return (q - k) % (self.stride + 0 * h) == 0
+
+
+def rows_and_columns(s, b, h, q, k, tilt, slant, strength):
+    return s * (1 + tilt) + slant - strength * jnp.log1p(jnp.exp2(-s))
+
+
+BY_ROWS = kernels.ScoreFn(
+    rows_and_columns, ("tilt", "slant", "strength"), ("row", "column", "batch")
+)
+POOL = {
+    "bias": ((1, H, T, T), BF16),
+    "alibi_slopes": ((H,), F32),
+    "sink": ((H,), F32),
+    "tilt": ((B, H, T), BF16),
+    "slant": ((1, 1, T), F32),
+    "strength": ((B,), F32),
+    "prefix_len": ((B,), I32),
+    "q_segment_ids": ((B, T), I32),
+    "k_segment_ids": ((B, T), I32),
+    "kv_mask": ((1, T), jnp.bool_),
+    "q_offset": ((B,), I32),
+}
+MASKS = {
+    "full": AttentionSpec(),
+    "causal": AttentionSpec(mask=CAUSAL),
+    "window": AttentionSpec(mask=kernels.SlidingWindow(100, 7, sinks=3)),
+    "prefix": AttentionSpec(mask=CAUSAL | kernels.Prefix()),
+    "packed": AttentionSpec(mask=CAUSAL & kernels.Segments()),
+    "function": AttentionSpec(mask=kernels.MaskFn(EveryOther(3))),
+}
+SCORES = {
+    "cap": AttentionSpec(mask=CAUSAL, score=kernels.SoftCap(30.0)),
+    "bias": AttentionSpec(score=kernels.Bias()),
+    "alibi": AttentionSpec(mask=CAUSAL, score=kernels.ALiBi()),
+    "function": AttentionSpec(score=BY_ROWS),
+}
+MAPS = {
+    "sink": kernels.Softmax(sink="logit"),
+    "off by one": kernels.Softmax(sink="off_by_one"),
+    "bounded": kernels.Softmax(bound=20.0),
+    "sigmoid": kernels.Sigmoid(-6.0),
+    "softplus": kernels.SoftplusL1(),
+    "polynomial": kernels.Polynomial(),
+    "softpick": kernels.Softpick(),
+    "relu": kernels.ReluPower(power=2),
+    "elu": kernels.EluPlusOne(normalise=True),
+}
+VARIANTS = {f"mask {name}": spec for name, spec in MASKS.items()}
+VARIANTS |= {f"score {name}": spec for name, spec in SCORES.items()}
+VARIANTS |= {
+    f"map {name}": AttentionSpec(mask=CAUSAL, weight_map=weight_map)
+    for name, weight_map in MAPS.items()
+}
+
+
+def traced(spec, *, more=(), t=T, kv=2, d=64, e=64, dtype=BF16, mapped=False):
+    """Forward and backward, traced for a TPU."""
+    names = [operand.name for operand in spec.operands]
+    operands = {n: jax.ShapeDtypeStruct(*POOL[n]) for n in (*names, *more)}
+    shapes = ((B, t, H, d), (B, T, kv, d), (B, T, kv, e))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    trained = {o.name for o in spec.operands if o.trains}
+
+    def total(q, k, v, given, rest):
+        out = kernels.attention(
+            q, k, v, spec, given | rest, implementation="mosaic_tpu", target=TPU
+        )
+        return sum(x.astype(F32).sum() for x in jax.tree.leaves(out))
+
+    def step(q, k, v, operands):
+        given = {n: x for n, x in operands.items() if n in trained}
+        rest = {n: x for n, x in operands.items() if n not in trained}
+        return jax.value_and_grad(total, (0, 1, 2, 3))(q, k, v, given, rest)
+
+    if mapped:
+        step = jax.vmap(step)
+        arrays, operands = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), (arrays, operands)
+        )
+    return jax.jit(step).trace(*arrays, operands)
+
+
+def lowered(spec, **how):
+    return traced(spec, **how).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def num_kernels(text):
+    return len(re.findall(r"custom_call @tpu_custom_call", text))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_lowers_forward_and_backward(name):
+    text = lowered(VARIANTS[name])
+    assert num_kernels(text) == (4 if name == "score bias" else 3)
+    # No array of T x S, but for the bias and its gradient.
+    if name != "score bias":
+        assert f"{T}x{T}x" not in text and f"{T}x{T}>" not in text
+
+
+SHAPES = {
+    "float32, D != E": dict(dtype=F32, d=80, e=40),
+    "wide heads": dict(d=256, e=256),
+    "one query": dict(t=1, more=("q_offset",)),
+    "positions and keys that are not there": dict(more=("q_offset", "kv_mask")),
+    "a mapped axis": dict(mapped=True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_lowers(name):
+    spec = dataclasses.replace(MASKS["causal"], return_lse=True)
+    assert num_kernels(lowered(spec, **SHAPES[name])) == 3
+
+
+def test_mapped_segments_take_one_kernel_each():
+    assert num_kernels(lowered(MASKS["packed"], mapped=True)) == 3
+
+
+def test_hooks_that_do_nothing_leave_no_trace():
+    def text(spec):
+        return re.sub(r"0x[0-9a-f]+", "", str(traced(spec).jaxpr))
+
+    plain = text(MASKS["causal"])
+    assert text(AttentionSpec(mask=CAUSAL & kernels.Full(), score=())) == plain
+    assert text(SCORES["cap"]) != plain

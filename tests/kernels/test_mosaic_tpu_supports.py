@@ -1,0 +1,175 @@
+"""When the TPU kernels are taken, and which tiles they visit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from attnjax import kernels
+from attnjax.kernels import AttentionSpec, Target, mosaic_tpu
+from attnjax.kernels.block_plan import BlockPlan
+from attnjax.kernels.mosaic_tpu import blocks, steps
+
+TPU = Target("tpu", "TPU v5 lite")
+CAUSAL = AttentionSpec(mask=kernels.Causal())
+PACKED = AttentionSpec(mask=kernels.Causal() & kernels.Segments())
+
+
+def shapes(dtype=jnp.bfloat16, *, b=2, t=48, h=4, kv=2, d=64, e=64):
+    make = jax.ShapeDtypeStruct
+    return (
+        make((b, t, h, d), dtype),
+        make((b, t, kv, d), dtype),
+        make((b, t, kv, e), dtype),
+    )
+
+
+def request_of(spec, operands=(), *, target=TPU, **sizes):
+    return kernels.make_request(*shapes(**sizes), spec, dict(operands), target)
+
+
+def test_auto_takes_the_kernels_on_a_tpu_and_says_so():
+    lines = kernels.explain(*shapes(), CAUSAL, target=TPU)
+    assert lines[0] == "uses mosaic_tpu on tpu"
+    assert "mosaic_tpu: supports it" in lines
+    traced = jax.make_jaxpr(
+        lambda q, k, v: kernels.attention(q, k, v, CAUSAL, target=TPU)
+    )(*shapes())
+    assert "pallas_call" in str(traced)
+
+
+def table_score(s, b, h, q, k, table):
+    return s + table[(q + k) % 3]
+
+
+TABLE = AttentionSpec(score=kernels.ScoreFn(table_score, ("table",), ("table",)))
+REFUSED = {
+    "cpu": ("needs platform tpu, not cpu", CAUSAL, {"target": Target("cpu")}),
+    "float16": ("not float16", CAUSAL, {"dtype": jnp.float16}),
+    "wide": ("D and E <= 256, not D=264, E=64", CAUSAL, {"d": 264}),
+    "mesh": (
+        "inside shard_map in a program for 4 devices",
+        CAUSAL,
+        {"target": dataclasses.replace(TPU, num_devices=4)},
+    ),
+    "second pass": (
+        "no second pass over rows, as Clip",
+        AttentionSpec(reweight=kernels.Clip(-0.1, 1.1)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_why(name):
+    reason, spec, sizes = REFUSED[name]
+    request = request_of(spec, **sizes)
+    assert reason in mosaic_tpu.supports(request)
+    with pytest.raises(NotImplementedError, match="Use implementation='auto'"):
+        kernels.choose(request, "mosaic_tpu")
+
+
+def test_tables_are_refused_and_auto_takes_another():
+    operands = {"table": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    lines = kernels.explain(*shapes(), TABLE, operands, target=TPU)
+    assert lines[0] == "uses blocked on tpu"
+    assert (
+        "mosaic_tpu: cannot look values up in a table, as operand 'table' is" in lines
+    )
+
+
+def test_inside_shard_map_a_mesh_is_no_obstacle():
+    several = dataclasses.replace(TPU, num_devices=4)
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+
+    def run(q, k, v):
+        return kernels.attention(q, k, v, CAUSAL, target=several)
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+
+    def total(q, k, v):
+        return sharded(q, k, v).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*shapes(b=4))
+    assert str(traced.jaxpr).count("pallas_call") == 3
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("custom_call @tpu_custom_call") == 3
+
+
+def kinds_of(spec, operands=(), block=16, **sizes):
+    plan = BlockPlan(request_of(spec, operands, **sizes), block, block)
+    return plan, np.asarray(steps.tile_kinds(plan, dict(operands)))
+
+
+def walked(words):
+    """(row, column, kind) of each step, and flags of its row's first and last."""
+    return [
+        (
+            steps.row_of(w),
+            steps.column_of(w),
+            steps.kind_of(w),
+            bool(w & 4),
+            bool(w & 8),
+        )
+        for w in np.asarray(words).tolist()
+    ]
+
+
+def test_known_masks_walk_only_the_tiles_they_need():
+    _, kinds = kinds_of(CAUSAL)
+    assert walked(steps.list_steps(kinds)[0]) == [
+        (0, 0, steps.PARTIAL, True, True),
+        (1, 0, steps.FULL, True, False),
+        (1, 1, steps.PARTIAL, False, True),
+        (2, 0, steps.FULL, True, False),
+        (2, 1, steps.FULL, False, False),
+        (2, 2, steps.PARTIAL, False, True),
+    ]
+    window = AttentionSpec(mask=kernels.SlidingWindow(3))
+    by_keys = steps.list_steps(kinds_of(window, t=160)[1].swapaxes(1, 2))
+    assert by_keys.shape == (1, 19)
+
+
+def test_documents_are_skipped_in_each_row_of_the_batch():
+    ids = jnp.asarray(np.stack([np.repeat([1, 2, 3], 16), np.ones(48, int)]), jnp.int32)
+    operands = {"q_segment_ids": ids, "k_segment_ids": ids}
+    _, kinds = kinds_of(PACKED, operands)
+    assert (kinds[0] == steps.PARTIAL * np.eye(3)).all()
+    np.testing.assert_array_equal(kinds[1], kinds_of(CAUSAL)[1][0])
+    first, second = map(walked, steps.list_steps(jnp.asarray(kinds)))
+    assert len(first) == len(second) == 9
+    # What is left over names the tile before it, so that nothing is fetched.
+    assert [step[:3] for step in first[3:6]] == [(1, 1, 1), (1, 1, 0), (1, 1, 0)]
+    assert [step[3:] for step in first[3:6]] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    assert [step[:3] for step in second[3:6]] == [(1, 0, 2), (1, 1, 1), (1, 1, 0)]
+
+
+def test_queries_that_do_not_exist_are_masked():
+    _, kinds = kinds_of(AttentionSpec(), t=40)
+    assert (kinds[0, :2, :2] == steps.FULL).all()
+    assert (kinds[0, 2] == steps.PARTIAL).all() and (
+        kinds[0, :, 2] == steps.PARTIAL
+    ).all()
+
+
+def test_blocks_fit_the_lengths_and_the_memory():
+    def sizes(spec=CAUSAL, operands=(), **shape):
+        plan = blocks.plan_blocks(request_of(spec, operands, **shape), None)
+        return plan.block_q, plan.block_k
+
+    assert sizes(t=197) == (256, 256)
+    assert sizes(t=1) == (128, 128)
+    assert sizes(AttentionSpec(), t=8192) == blocks.WIDE
+    assert sizes(AttentionSpec(), t=8192, d=256) == (512, 512)
+    assert sizes(AttentionSpec(), t=8192, dtype=jnp.float32) == (512, 512)
+    window = AttentionSpec(mask=kernels.SlidingWindow(127))
+    assert max(sizes(window, t=8192)) < 512
+    bias = {"bias": jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.float32)}
+    assert sizes(AttentionSpec(score=kernels.Bias()), bias, t=4096) == (512, 512)
