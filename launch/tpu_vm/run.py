@@ -221,7 +221,8 @@ class Tpu:
 
     def _show(self, verb: str, *more: str) -> int:
         head = ["gcloud", "compute", "tpus", "tpu-vm", verb]
-        command = [*head, *more, "--worker=all", *self._ssh_flags]
+        # Quiet: the first connection ever makes a key instead of asking for one.
+        command = [*head, *more, "--worker=all", "--quiet", *self._ssh_flags]
         return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
 
     def _queue(self, verb: str, *more: str) -> subprocess.CompletedProcess:
@@ -291,6 +292,7 @@ def stop(tpu: Tpu, options: argparse.Namespace) -> int:
     code = tpu.ssh(f"if [ -f {worker} ]; then bash {worker} stop; fi")
     if code != EXIT_OK:
         raise Mistake(f"not every worker could be told to stop (exit {code}).")
+    say("nothing runs any more. The same command without --stop goes on.")
     return code
 
 

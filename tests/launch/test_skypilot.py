@@ -151,6 +151,7 @@ def test_run_directory_lies_in_the_bucket(task, node):
 
 
 def test_words_of_train_are_read_as_a_shell_reads_them(node):
+    (node.home / "--x=1").touch()
     train = "--config c.py:1 '--config.model.layers=(a*3 \"b\")*2' --x=*"
     assert node.run(TRAIN=train)[0] == 0
     module = ["-u", "-m", "attnjax.train", "--workdir", "/runs/first"]

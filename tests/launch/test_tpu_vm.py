@@ -129,7 +129,7 @@ def test_first_time_creates_waits_installs_and_trains(cloud, capfd):
         ]
     ]
     for call in cloud.calls("ssh", "scp"):
-        assert call[0] == "tpu-vm" and set([*place, "--worker=all"]) <= set(call)
+        assert call[0] == "tpu-vm" and {*place, "--worker=all", "--quiet"} <= set(call)
     words = '--workdir /shared/runs/big --config c.py --config.model.layers="(a*3 b)*2"'
     for worker in range(WORKERS):
         home = cloud.folder / f"worker-{worker}" / "attnjax-big"
@@ -177,13 +177,15 @@ def test_preempted_while_installing_is_no_error(cloud):
     assert launch() == 0
 
 
-@pytest.mark.parametrize(("code", "text"), [(2, ""), (1, "ended with 1")])
-def test_other_ends_are_reported_and_not_repeated(cloud, capfd, code, text):
+@pytest.mark.parametrize("code", [2, 1])
+def test_other_ends_are_reported_and_not_repeated(cloud, capfd, code):
     cloud.plays("ACTIVE", codes=[code, 0])
     cloud.make_workers()
     assert launch() == code
     assert len(cloud.starts()) == 1
-    assert text in capfd.readouterr().err
+    # Of a mistake the training has said all there is to say.
+    said = "error: tpu_vm: the training ended with" in capfd.readouterr().err
+    assert said == (code == 1)
     assert "delete" not in cloud.verbs()
 
 
