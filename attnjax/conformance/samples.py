@@ -68,26 +68,13 @@ def sample(
         positions=positions_of(ids),
         segment_ids=ids if known else None,
         embeddings=rng.normal(size=shape).astype(dtype),
-        streams=_streams(subject, length, rng),
+        streams=subject.streams(length),
         layer_index=np.int32(0),
         prng_key=jax.random.key(2),
         causal=subject.causal,
         grid=subject.grid,
     )
     return rng.normal(size=shape).astype(dtype), Context(**{**fields, **changes})
-
-
-def _streams(subject: Subject, length: int, rng) -> dict:
-    """The extra residual streams that the mechanism asks for, each [1, T, C]."""
-    make = getattr(subject.module, "streams", None)
-    if make is None:
-        return {}
-    starts = jax.eval_shape(
-        lambda: make(subject.config, subject.dims, jax.random.key(0))
-    )
-    shape = (1, length, subject.dims.embed_dim)
-    dtype = jnp.dtype(subject.dims.dtype)
-    return {name: rng.normal(size=shape).astype(dtype) for name in starts}
 
 
 def with_memory(subject: Subject, ctx: Context, *, batch: int = 2) -> Context:

@@ -190,7 +190,30 @@ class Subject:
 
     def init_state(self, batch: int, max_len: int, memory=None):
         """The decode state of one layer."""
-        return nnx.merge(self.graph, *self.arrays).init_state(batch, max_len, memory)
+        return self.new_state(
+            nnx.merge(self.graph, *self.arrays), batch, max_len, memory
+        )
+
+    def new_state(self, mixer: nnx.Module, batch: int, max_len: int, memory=None):
+        """The state of a built layer, which is given the streams that it names."""
+        given = {}
+        if getattr(mixer, "stream_names", ()):
+            given["streams"] = self.streams(max_len)
+        return mixer.init_state(batch, max_len, memory, **given)
+
+    def streams(self, length: int) -> dict[str, np.ndarray]:
+        """The extra residual streams that the mechanism asks for, each [1, T, C]; a
+        longer one begins like a shorter one."""
+        make = getattr(self.module, "streams", None)
+        if make is None:
+            return {}
+        starts = jax.eval_shape(lambda: make(self.config, self.dims, jax.random.key(0)))
+        shape = (1, length, self.dims.embed_dim)
+        dtype = jnp.dtype(self.dims.dtype)
+        return {
+            name: np.random.default_rng(8).normal(size=shape).astype(dtype)
+            for name in starts
+        }
 
     def _counted_call(self, arrays, x, ctx: Context):
         self.traces["call", x.shape, str(jax.tree.structure(ctx))] += 1

@@ -25,8 +25,9 @@ class Context:
         memory: [B, S, C] or None, what cross-attention attends to.
         memory_segment_ids: int32 [B, S] or None, for `memory`; 0 is padding.
         embeddings: [B, T, C] or None, the token embeddings that entered the stack.
-        streams: extra residual streams by name, each [1 or B, T, C], already
-            normalised by the block like the mixer's input.
+        streams: extra residual streams by name, each [1, T, C], already normalised
+            by the block like the mixer's input; entry p stands at position p of a
+            document. Empty while decoding: `init_state` is given them.
         layer_index: int32 scalar, traced: constants that depend on depth are
             computed from it as arrays.
         prng_key: a key for this layer, or None when nothing is random.
@@ -85,8 +86,8 @@ class MixerOut:
             weight that the mixer has already applied, and reported as metrics.
         records: arrays by name, asked for by hooks (weights, scores, gates ...) or
             always cheap scalars that are worth a metric.
-        streams: by name, what to add to each extra residual stream; a stream
-            that is not named here is left as it was.
+        streams: by name, what to add to each extra residual stream; one that is
+            not named here passes through the mixer like x, as a sequence of its own.
     """
 
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)

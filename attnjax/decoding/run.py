@@ -194,9 +194,16 @@ def _relaid(params, buffers, source: Layout, model, keep_layers) -> tuple[dict, 
     params = dict(params)
     params["layers"] = relayout(params["layers"], source, wanted, keep=keep_layers)
     layers = relayout(buffers["layers"], source, wanted, keep=keep_layers)
-    buffers = {"layers": layers, "streams": buffers.get("streams", {})}
+    wanted_arrays = jax.eval_shape(model.init, 0)
+    # Layers that are left out may take their extra streams with them.
+    streams = {
+        name: start
+        for name, start in buffers.get("streams", {}).items()
+        if name in wanted_arrays[1]["streams"]
+    }
+    buffers = {"layers": layers, "streams": streams}
     have = state_tree.signature(state_tree.named((params, buffers)))
-    want = state_tree.signature(state_tree.named(jax.eval_shape(model.init, 0)))
+    want = state_tree.signature(state_tree.named(wanted_arrays))
     lines = state_tree.differences(have, want)
     if lines:
         raise UserError(

@@ -71,20 +71,46 @@ class Block(nnx.Module):
         self, x: jax.Array, streams: dict, ctx: Context
     ) -> tuple[jax.Array, dict, MixerOut]:
         """[B, T, C] and the raw streams -> the same, and the mixer's MixerOut."""
-        normed = {name: self.norm_mixer(s) for name, s in streams.items()}
-        y, out = self.mixer(self.norm_mixer(x), ctx.replace(streams=normed))
+        ctx = ctx.replace(streams=self.normed(streams))
+        y, out = self.mixer(self.norm_mixer(x), ctx)
+        if streams:
+            streams = self.run_streams(streams, ctx, added=out.streams)
         x = self._add(x, y, ctx, 0)
-        streams = {
-            name: self._add(s, out.streams[name], ctx, 2) if name in out.streams else s
-            for name, s in streams.items()
-        }
         if self.has_mlp:
             x = self._add(x, self.mlp(self.norm_mlp(x)), ctx, 1)
-            streams = {
-                name: self._add(s, self.mlp(self.norm_mlp(s)), ctx, 3)
-                for name, s in streams.items()
-            }
         return x, streams, out
+
+    def normed(self, streams: dict) -> dict:
+        """Extra streams as the mixer reads them."""
+        return {name: self.norm_mixer(s) for name, s in streams.items()}
+
+    def run_streams(self, streams: dict, ctx: Context, *, added=()) -> dict:
+        """The raw extra streams [1, S, C] after this layer.
+
+        Args:
+            ctx: its `streams` are the normed ones.
+            added: by name, what the mixer has already worked out.
+        """
+        alone = _alone(ctx, streams)
+        before = nnx.to_pure_dict(nnx.state(self.mixer, nn.Buffer))
+        after = {}
+        for name, stream in streams.items():
+            if name in added:
+                y = added[name]
+            else:
+                y, out = self.mixer(ctx.streams[name], alone)
+                y = out.streams.get(name, y)
+            after[name] = self._add(stream, y, ctx, 2)
+        if before:  # Running means are of x alone.
+            kept = nnx.state(self.mixer, nn.Buffer)
+            nnx.replace_by_pure_dict(kept, before)
+            nnx.update(self.mixer, kept)
+        if self.has_mlp:
+            after = {
+                name: self._add(s, self.mlp(self.norm_mlp(s)), ctx, 3)
+                for name, s in after.items()
+            }
+        return after
 
     def step(self, x: jax.Array, state, ctx: Context):
         """The same for decoding: [B, T, C] and the mixer's state -> both."""
@@ -106,3 +132,20 @@ class Block(nnx.Module):
         if dims.residual_scale != 1.0:
             y = y * jnp.asarray(dims.residual_scale, y.dtype)
         return x + y.astype(x.dtype)
+
+
+def _alone(ctx: Context, streams: dict) -> Context:
+    """The surroundings of an extra stream: one document from its first position."""
+    length = max((s.shape[1] for s in streams.values()), default=0)
+    return ctx.replace(
+        positions=jnp.arange(length, dtype=jnp.int32)[None],
+        segment_ids=None,
+        prefix_len=None,
+        memory=None,
+        memory_segment_ids=None,
+        embeddings=None,
+        interventions={},
+        mask=None,
+        hooks=(),
+        rows=None,
+    )

@@ -310,10 +310,11 @@ class LM:
     def _streams(self, key: jax.Array) -> dict:
         """Starts of the extra streams: arrays [1, S, C], or token ids [1, S]."""
         streams: dict = {}
-        for name, choice in self.choices.items():
+        for choice in self.choices.values():
             make = getattr(choice.module, "streams", None)
             if make is not None:
-                own = nn.parameter.path_key(key, ("streams", name))
+                # Not by instance: what has one name is one stream, for all of them.
+                own = nn.parameter.path_key(key, ("streams", choice.spec.name))
                 streams |= make(choice.config, self.dims, own)
         return streams
 
@@ -387,18 +388,24 @@ class LM:
 
     def unstack(self, params: dict, buffers: dict) -> dict:
         """Arrays as the decoder wants them: one entry a layer. Done once."""
-        if buffers["streams"]:
+        if buffers["streams"] and not all(
+            choice.spec.capabilities.decode for choice in self.choices.values()
+        ):
             raise UserError(
                 "generate: a model with extra residual streams "
                 f"({', '.join(buffers['streams'])}) has no decode form."
             )
         ends = {k: v for k, v in params.items() if k != "layers"}
         layers = self.stack.unstack(params["layers"], buffers["layers"])
-        return {"ends": ends, "layers": layers}
+        return {"ends": ends, "layers": layers, "streams": buffers["streams"]}
 
     def init_state(self, arrays: dict, batch: int, max_len: int) -> list:
         """Decode states of all layers for `batch` sequences of `max_len` tokens."""
-        return self.stack.init_state(arrays["layers"], batch, max_len)
+        streams = {
+            name: self._stream(arrays["ends"], start, max_len)
+            for name, start in arrays["streams"].items()
+        }
+        return self.stack.init_state(arrays["layers"], batch, max_len, streams=streams)
 
     def step(
         self, arrays: dict, states: list, tokens: jax.Array, ctx: Context

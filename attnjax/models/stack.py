@@ -207,16 +207,35 @@ class Stack:
             layers.append(jax.tree.map(pick, sub))
         return layers
 
-    def init_state(self, layers: list, batch: int, max_len: int, memory=None) -> list:
-        """The decode state of every layer, for `batch` sequences of `max_len`."""
-        states = []
-        for (params, buffers), name in zip(layers, self.layout.names, strict=True):
-            block = nnx.merge(self._graphs[name], params, buffers)
+    def init_state(
+        self, layers: list, batch: int, max_len: int, memory=None, streams=()
+    ) -> list:
+        """The decode state of every layer, for `batch` sequences of `max_len`.
+
+        Args:
+            streams: the extra streams' starts by name, [1, max_len, C]. They do not
+                depend on the text: they run through the layers here, once, and a mixer
+                with `stream_names` is given those that it names.
+        """
+        states, streams = [], dict(streams)
+        ctx = Context(positions=jnp.arange(max_len, dtype=jnp.int32)[None])
+        for layer, name in enumerate(self.layout.names):
+            block = nnx.merge(self._graphs[name], *layers[layer])
             if not hasattr(block.mixer, "init_state"):
                 raise UserError(
                     f"{name}: has no decode form; generation needs one in every layer."
                 )
-            states.append(block.mixer.init_state(batch, max_len, memory))
+            here = ctx.replace(
+                layer_index=jnp.int32(layer), streams=block.normed(streams)
+            )
+            wanted = getattr(block.mixer, "stream_names", ())
+            given = (
+                {"streams": {key: here.streams[key] for key in wanted}}
+                if wanted
+                else {}
+            )
+            states.append(block.mixer.init_state(batch, max_len, memory, **given))
+            streams = block.run_streams(streams, here) if streams else streams
         return states
 
     def step(

@@ -108,7 +108,7 @@ def _one_step(s: Subject, x, ctx):
     mixer = s.build()
     if not hasattr(mixer, "init_state"):
         raise UserError(f"{s.spec.name}: has no decode form")
-    return mixer.step(x, mixer.init_state(2, s.length), ctx)
+    return mixer.step(x, s.new_state(mixer, 2, s.length), ctx)
 
 
 def _foreign_grid(ranks, length: int) -> tuple[int, ...]:

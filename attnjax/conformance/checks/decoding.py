@@ -144,7 +144,7 @@ def declared_difference(s: Subject) -> None:
 def state_size(s: Subject) -> None:
     """init_state has the elements that SPEC.state_size says."""
     for max_len in (s.length + 3, 4 * s.length):
-        state = jax.eval_shape(lambda n=max_len: s.build().init_state(1, n, None))
+        state = jax.eval_shape(lambda n=max_len: s.new_state(s.build(), 1, n))
         have = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state))
         told = s.spec.state_size(s.config, s.dims, max_len)
         expect(

@@ -78,9 +78,19 @@ def _matters(s: Subject, bases, path: str, others) -> bool:
     for base in bases:
         flat = dict(_flat(base))
         if path in flat:
-            without = {k: v for k, v in flat.items() if k != path}
-            if has_effect(s, nested(without), path, flat[path], False):
+            without = nested({k: v for k, v in flat.items() if k != path})
+            if _is_refused(s, without):  # The variant needs it.
                 return True
+            if has_effect(s, without, path, flat[path], False):
+                return True
+    return False
+
+
+def _is_refused(s: Subject, base: dict) -> bool:
+    try:
+        subject(s.module, schema.merge(s.settings.config, base))
+    except REFUSALS:
+        return True
     return False
 
 
@@ -116,6 +126,7 @@ def stages(s: Subject) -> Iterator[str]:
     yield "eval"
     yield from ("cross",) if can.cross else ()
     yield from ("prefix",) if can.prefix else ()
+    yield from ("streams",) if hasattr(s.module, "streams") else ()
 
 
 def stage(s: Subject, name: str) -> str:
@@ -130,15 +141,17 @@ def stage(s: Subject, name: str) -> str:
 def _trace(s: Subject, name: str) -> str:
     if name == "init":
         return _text(s.init, np.int32(1))
+    if name == "streams":
+        return _text(lambda: s.module.streams(s.config, s.dims, jax.random.key(0)))
     if name == "state":
-        return _text(lambda: s.build().init_state(2, 24))
+        return _text(lambda: s.new_state(s.build(), 2, 24))
     arrays = jax.eval_shape(lambda: s.init(0))
     x, ctx = samples.sample(s)
     if name in ("step", "prefill"):
         part = samples.cut(
             x, ctx.replace(causal=True), slice(0, 1 if name == "step" else None)
         )
-        state = jax.eval_shape(lambda: s.build().init_state(2, 24))
+        state = jax.eval_shape(lambda: s.new_state(s.build(), 2, 24))
         return _text(lambda a, x, c, t: s.call_step(a, x, t, c), arrays, *part, state)
     changes = {
         "train": {"train": True},
