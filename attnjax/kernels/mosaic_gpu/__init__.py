@@ -1,0 +1,54 @@
+"""Attention on Hopper GPUs as Pallas kernels (Mosaic GPU, sm_90a), with own backward.
+
+Scores, masks and weight maps are traced into one kernel, so a variant costs its own
+arithmetic and no trip through memory. Queries are padded to blocks of 128, head
+dimensions to multiples of 64. Files: attend.py (derivative rule), forward.py and
+backward.py (kernels), block.py (what they share), steps.py (which tiles are visited),
+hooks.py and rows.py (the spec's functions on a tile), tiles.py (sizes), launch.py and
+shim.py (jax), refusals.py (what is refused), inline.py (user functions).
+
+It was compiled for the H200 and interpreted, never timed: "auto" does not take it
+until it was measured against cuDNN, so it has no rank and is asked for by name.
+"""
+
+from collections.abc import Mapping
+
+import jax
+
+from attnjax.kernels import epilogue
+from attnjax.kernels.mosaic_gpu.refusals import reason
+from attnjax.kernels.request import Request
+
+NAME = "mosaic_gpu"
+RANK: dict[str, int] = {}
+
+
+def supports(request: Request) -> str | None:
+    """Why the kernels cannot compute the request, or None."""
+    return reason(request)
+
+
+def run(
+    request: Request,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    operands: Mapping[str, jax.Array],
+    *,
+    interpret: object = None,
+    tiles: tuple | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Output [B, T, H, E] in q's dtype, and log-sum-exp [B, T, H] if normalised.
+
+    Args:
+        interpret: parameters of jax's Mosaic GPU interpreter, for machines without a
+            GPU; None compiles.
+        tiles: `Tiles` of the forward and of the backward kernels; None chooses them.
+    """
+    from attnjax.kernels.mosaic_gpu.attend import Call, attend
+
+    call = Call(request, interpret, *(tiles or ()))
+    out, lse = attend(call, q, k, v, operands)
+    if request.spec.epilogue:
+        out = epilogue.run_steps(request.spec.epilogue, out, operands).astype(q.dtype)
+    return out, lse

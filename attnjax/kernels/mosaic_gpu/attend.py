@@ -1,0 +1,176 @@
+"""The kernels as one differentiable function: padding, residuals, gradients."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.kernels import tile_math, tiles
+from attnjax.kernels.mosaic_gpu import backward, forward, hooks, rows, steps
+from attnjax.kernels.mosaic_gpu.block import Plan
+from attnjax.kernels.mosaic_gpu.tiles import (
+    BLOCK,
+    Tiles,
+    backward_tiles,
+    forward_tiles,
+    joint_dkv,
+    padded_dim,
+)
+from attnjax.kernels.operands import as_rank4
+from attnjax.kernels.request import Request
+
+Arrays = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static argument of the derivative rule.
+
+    Attributes:
+        request: the call.
+        interpret: what `plgpu.kernel` takes to interpret, or None to compile.
+        forward_tiles, backward_tiles: sizes; None chooses by head dimensions.
+    """
+
+    request: Request
+    interpret: object = None
+    forward_tiles: Tiles | None = None
+    backward_tiles: Tiles | None = None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """D and E as the kernels see them."""
+        return padded_dim(self.request.head_dim), padded_dim(self.request.value_dim)
+
+    def plan(self, kernel: str, operands: Arrays):
+        """Plan of "forward", "dq", "dkv", "dk" or "dv", with the arrays that its steps
+        and hooks take."""
+        if kernel == "forward":
+            sizes = self.forward_tiles or forward_tiles(*self.dims)
+        else:
+            sizes = self.backward_tiles or backward_tiles(*self.dims)
+        if kernel in ("forward", "dq"):
+            grid = steps.Grid(self.request, BLOCK, sizes.step)
+        else:
+            grid = steps.Grid(self.request, sizes.step, BLOCK, transposed=True)
+        padded = hooks.pad_operands(grid, operands)
+        found, step_arrays = steps.make_steps(grid, padded)
+        held, arrays = hooks.hold(grid, padded)
+        count = len(step_arrays)
+        plan = Plan(grid, found, sizes, held, count, self.interpret)
+        return plan, step_arrays, arrays
+
+
+def attend(call: Call, q, k, v, operands: Arrays):
+    """Output [B, T, H, E] in q's dtype, and log-sum [B, T, H] or None."""
+    placed = tiles.of_tiles(call.request.spec, operands)
+    operands = tiles.place_queries(placed, call.request.q_len)
+    known = tiles.declarations(call.request.spec)
+    trained = {n: x for n, x in operands.items() if known[n].trains}
+    fixed = {n: x for n, x in operands.items() if not known[n].trains}
+    return _attend(call, q, k, v, trained, fixed)
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    """[B, T, H, D] to whole blocks of tokens and whole 64s of D, with zeros."""
+    tokens = steps.padded_length(x.shape[1]) - x.shape[1]
+    width = ((0, 0), (0, tokens), (0, 0), (0, padded_dim(x.shape[3]) - x.shape[3]))
+    return jnp.pad(x, width) if tokens or width[3][1] else x
+
+
+def _pad_rows(x: jax.Array) -> jax.Array:
+    """[B, T, H] to float32 [B, H, T], T in whole blocks, with zeros."""
+    x = jnp.swapaxes(x, 1, 2).astype(jnp.float32)
+    tokens = steps.padded_length(x.shape[2]) - x.shape[2]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, tokens))) if tokens else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
+    return _attend_fwd(call, q, k, v, trained, fixed)[0]
+
+
+def _attend_fwd(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
+    request = call.request
+    plan, *arrays = call.plan("forward", {**trained, **fixed})
+    out, lse = forward.forward(plan, _pad(q), _pad(k), _pad(v), *arrays)
+    out = out[:, : request.q_len, :, : request.value_dim]
+    if lse is not None:
+        lse = jnp.swapaxes(lse[:, :, : request.q_len], 1, 2)
+    return (out, lse), (q, k, v, trained, fixed, out, lse)
+
+
+def _attend_bwd(call: Call, residuals, cotangents):
+    q, k, v, trained, fixed, out, lse = residuals
+    request, operands = call.request, {**trained, **fixed}
+    row_arrays, d_trained = _row_arrays(call, operands, out, lse, cotangents)
+    d_out = row_arrays.pop("d_out")
+    inputs = {"q": q, "k": k, "v": v, "d_out": d_out}
+    inputs = {name: _pad(x) for name, x in inputs.items()}
+    inputs |= {name: _pad_rows(x) for name, x in row_arrays.items()}
+
+    plan, *arrays = call.plan("dq", operands)
+    d_q, sums, whole = backward.query_gradients(plan, inputs, *arrays)
+    for name, x in sums.items():
+        x = x[:, :, : request.q_len, None]
+        d_trained[name] = _sum_to(x, call, name, trained[name])
+    for name, x in whole.items():
+        x = _written(plan.grid, operands, x)
+        d_trained[name] = _sum_to(x, call, name, trained[name])
+    found = {}
+    joint = joint_dkv(*call.dims)
+    for wanted in [("dk", "dv")] if joint else [("dk",), ("dv",)]:
+        plan, *arrays = call.plan("dkv", operands)
+        part, sums = backward.key_gradients(plan, inputs, *arrays, wanted=wanted)
+        found |= part
+        for name, x in sums.items():
+            x = x[:, :, None, : request.kv_len]
+            d_trained[name] = _sum_to(x, call, name, trained[name])
+    d_q = d_q[:, : request.q_len, :, : request.head_dim]
+    d_k = found["dk"][:, : request.kv_len, :, : request.head_dim]
+    d_v = found["dv"][:, : request.kv_len, :, : request.value_dim]
+    d_trained = {n: d_trained[n].astype(x.dtype) for n, x in trained.items()}
+    return d_q, d_k, d_v, d_trained, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _row_arrays(call: Call, operands: Arrays, out, lse, cotangents):
+    """What the backward kernels need of each row, [B, T, H], beside the output's
+    cotangent; and the gradient of the weight map's own operand."""
+    request, weight_map = call.request, call.request.spec.weight_map
+    d_out, d_lse = cotangents
+    if not weight_map.needs_sum:
+        return {"d_out": d_out}, {}
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_sum = d_lse.astype(jnp.float32) - delta
+    per_head = (jnp.swapaxes(x, 1, 2)[..., None] for x in (lse, d_sum))
+    grads = tile_math.sink_gradient(request.spec, operands, *per_head)
+    # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
+    shift = jnp.where(lse == -jnp.inf, 0.0, lse)
+    if weight_map.exponential:
+        base2 = rows.in_base2(weight_map)
+        shift = shift * rows.LOG2E if base2 else shift
+        return {"d_out": d_out, "d_sum": d_sum, "shift": shift}, grads
+    factor = jnp.exp(-shift)
+    d_out = (d_out.astype(jnp.float32) * factor[..., None]).astype(d_out.dtype)
+    return {"d_out": d_out, "d_sum": d_sum * factor}, grads
+
+
+def _sum_to(x: jax.Array, call: Call, name: str, operand: jax.Array) -> jax.Array:
+    """Sum [B, H, T or 1, S or 1] to the operand's shape."""
+    axes = tiles.declarations(call.request.spec)[name].axes
+    wanted = as_rank4(operand, axes).shape
+    over = [i for i in range(4) if wanted[i] == 1 and x.shape[i] > 1]
+    return jnp.sum(x, axis=over, keepdims=True).reshape(operand.shape)
+
+
+def _written(grid: steps.Grid, operands: Arrays, x: jax.Array) -> jax.Array:
+    """[B, H, T, S] with zeros in the tiles that no step visited, padding cut off."""
+    cover = steps.coverage(grid, hooks.pad_operands(grid, operands)) > 0
+    seen = jnp.repeat(jnp.repeat(cover, grid.block_q, 1), grid.block_k, 2)
+    x = jnp.where(seen[:, None], x, 0.0)
+    return x[:, :, : grid.request.q_len, : grid.request.kv_len]

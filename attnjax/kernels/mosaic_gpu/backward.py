@@ -1,0 +1,327 @@
+"""The backward kernels: weights are computed again from the rows' log-sums.
+
+One kernel owns queries and sums dq over keys; another owns keys and sums dk and dv
+over queries and over the query heads that share them. Nothing is added from two
+places, so results repeat bit for bit. Where dk and dv together do not fit a
+warpgroup's registers, each has a kernel of its own.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnjax.kernels.compat import type_like
+from attnjax.kernels.mosaic_gpu import launch
+from attnjax.kernels.mosaic_gpu.block import Block, Plan
+from attnjax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ROWS
+
+Arrays = Mapping[str, jax.Array]
+OWN = (COMPUTE_WARPGROUPS, ROWS)
+
+
+def _row_names(arrays: Arrays) -> list[str]:
+    """Row statistics among the inputs: "shift" and "d_sum", where the map has them."""
+    return [name for name in ("shift", "d_sum") if name in arrays]
+
+
+def query_gradients(plan: Plan, arrays: Arrays, step_arrays, operands):
+    """dq [B, T, H, D] without the scale, and row sums of operand cotangents.
+
+    Args:
+        arrays: q, k, v, d_out, padded; "shift" and "d_sum" [B, H, T].
+
+    Returns:
+        dq in q's dtype; {operand: float32 [B, H, T]}, for each operand that is summed
+        over keys; {operand: float32 [B, H, T, S]}, unwritten where a tile is skipped.
+    """
+    names = ("q", "d_out", "k", "v", *_row_names(arrays))
+    q, v = arrays["q"], arrays["v"]
+    b, t, h, d = q.shape
+    e, s = v.shape[3], v.shape[1]
+    sums, whole = _gradient_names(plan)
+    out_type = [type_like(q.shape, q.dtype, q)]
+    out_type += [type_like((b, h, t), jnp.float32, q) for _ in sums]
+    out_type += [type_like((b, h, t, s), jnp.float32, q) for _ in whole]
+    scratch = {
+        "q_tiles": launch.tile_memory((*OWN, d), q.dtype),
+        "d_out_tiles": launch.tile_memory((*OWN, e), q.dtype),
+        **{
+            f"{name}_rows": plgpu.SMEM(OWN, jnp.float32)
+            for name in (*_row_names(arrays), *sums)
+        },
+        "own_ready": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        **plan.ring("k", d, q.dtype),
+        **plan.ring("v", e, q.dtype),
+    }
+
+    def attention_dq(*refs, **memory):
+        _QueryBlock(plan, names, refs, memory).run()
+
+    out = launch.kernel(
+        attention_dq,
+        name="attention_dq",
+        out_type=out_type,
+        scratch=scratch,
+        grid=(h, plan.grid.num_q, b),
+        interpret=plan.interpret,
+    )(*(arrays[name] for name in names), *step_arrays, *operands)
+    rest = iter(out[1:])
+    return out[0], {n: next(rest) for n in sums}, {n: next(rest) for n in whole}
+
+
+def _gradient_names(plan: Plan):
+    """Operands of the scores by where their gradients are summed: over keys, and
+    nowhere."""
+    kinds = {x.name: x.kind for x in plan.held}
+    trained = [x.name for x in plan.grid.request.spec.score_operands]
+    sums = [n for n in trained if kinds[n] in ("number", "row")]
+    return sums, [n for n in trained if kinds[n] == "tile"]
+
+
+class _GradientBlock(Block):
+    """Weights and the scores' cotangent of a tile."""
+
+    def weights(self, hooks, numbers, products, own_first, n, rows, axis, *, masked):
+        """(weights, function from dp to (cotangent of raw products, of operands))."""
+        spec = self.request.spec
+        raw, tile, mask = self.rows.raw(products), None, None
+        if masked or spec.score:
+            place = (own_first, self.first_row, n, masked)
+            tile, mask = hooks.place(numbers, raw.shape, *place)
+        s, pull = hooks.score_pull(raw, tile)
+        s = hooks.hide(s, mask)
+        shift, d_sum = rows.get("shift"), rows.get("d_sum")
+        u, _ = self.rows.weigh(s, shift, axis, mask)
+
+        def cotangents(dp):
+            d_s = self.rows.cotangent(s, u, shift, axis, mask, dp, d_sum)
+            d_raw, d_operands = pull(d_s)
+            if mask is not None and spec.score:
+                # A score function may be infinite where it is masked.
+                d_raw = jnp.where(mask, d_raw, 0.0)
+                d_operands = {
+                    name: jnp.where(mask, x, 0.0) for name, x in d_operands.items()
+                }
+            return d_raw, d_operands
+
+        return u, cotangents
+
+
+class _QueryBlock(_GradientBlock):
+    @property
+    def streams(self):
+        return {name: (self.inputs[name], False) for name in ("k", "v")}
+
+    def streamed_head(self, turn):
+        del turn
+        return jax.lax.div(self.head, jnp.int32(self.group))
+
+    def compute(self):
+        """A compute warpgroup: 64 queries over all steps."""
+        wg, x = jax.lax.axis_index("wg"), self.scratch
+        first = self.own_first()
+        span = pl.ds(first, ROWS)
+        where = (self.batch, span, self.head)
+        tiles = {}
+        for name in ("q", "d_out"):
+            tiles[name] = x[f"{name}_tiles"].at[wg]
+            ready = x["own_ready"].at[wg]
+            self.load_own(self.inputs[name], where, tiles[name], ready)
+        rows = {}
+        for name in _row_names(self.inputs):
+            memory, ready = x[f"{name}_rows"].at[wg], x["own_ready"].at[wg]
+            source = (self.batch, self.head, span)
+            self.load_own(self.inputs[name], source, memory, ready)
+            rows[name] = self.machine.vector(memory, (), 0)
+        hooks = self.hooks(self.head)
+        numbers = hooks.numbers()
+        sums, whole = _gradient_names(self.plan)
+        start = (
+            self.machine.full((ROWS, self.inputs["q"].shape[3]), 0.0),
+            *(self.machine.full((ROWS,), 0.0) for _ in sums),
+        )
+
+        def step(n, carry, *, masked):
+            d_q, *totals = carry
+            slot = self.slot(n)
+            k_tile = self.wait("k", slot)
+            products = self.machine.product(tiles["q"], k_tile)
+            _, cotangents = self.weights(
+                hooks, numbers, products, first, n, rows, 0, masked=masked
+            )
+            dp = self.machine.product(tiles["d_out"], self.wait("v", slot))
+            self.free("v", slot)
+            d_raw, d_operands = cotangents(dp)
+            totals = [
+                total + jnp.sum(d_operands[name], axis=1)
+                for name, total in zip(sums, totals, strict=True)
+            ]
+            for name, ref in zip(whole, self.outputs[1 + len(sums) :], strict=True):
+                columns = pl.ds(self.first_row(n), self.plan.tiles.step)
+                ref[self.batch, self.head, span, columns] = d_operands[name]
+            d_raw = d_raw.astype(self.inputs["k"].dtype)
+            d_q = self.machine.accumulate(d_q, d_raw, k_tile)
+            self.free("k", slot)
+            return (d_q, *totals)
+
+        d_q, *totals = self.over_steps(step, start)
+        tiles["q"][...] = (d_q * self.request.scale).astype(self.outputs[0].dtype)
+        for name, total in zip(sums, totals, strict=True):
+            x[f"{name}_rows"].at[wg][...] = total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tiles["q"], self.outputs[0].at[where])
+        for name, ref in zip(sums, self.outputs[1 : 1 + len(sums)], strict=True):
+            target = ref.at[self.batch, self.head, span]
+            plgpu.copy_smem_to_gmem(x[f"{name}_rows"].at[wg], target)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def key_gradients(plan: Plan, arrays: Arrays, step_arrays, operands, *, wanted):
+    """dk [B, S, K, D] and dv [B, S, K, E], either or both, summed over query heads.
+
+    Args:
+        arrays: as for `query_gradients`.
+        wanted: ("dk", "dv") or one of them.
+
+    Returns:
+        {name: gradient in k's dtype}, and {operand: float32 [B, H, S]} for operands
+        that are summed over queries, with "dk".
+    """
+    rows = [n for n in _row_names(arrays) if n == "shift" or "dk" in wanted]
+    names = ("k", "v", "q", "d_out", *rows)
+    q, k, v = arrays["q"], arrays["k"], arrays["v"]
+    b, s, kv_heads, d = k.shape
+    e = v.shape[3]
+    sums = _column_names(plan) if "dk" in wanted else []
+    widths = {"dk": d, "dv": e}
+    out_type = [type_like((b, s, kv_heads, widths[n]), k.dtype, q) for n in wanted]
+    out_type += [type_like((b, q.shape[2], s), jnp.float32, q) for _ in sums]
+    scratch = {
+        "k_tiles": launch.tile_memory((*OWN, d), k.dtype),
+        "v_tiles": launch.tile_memory((*OWN, e), k.dtype),
+        **{f"{name}_rows": plgpu.SMEM(OWN, jnp.float32) for name in sums},
+        "own_ready": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        **plan.ring("q", d, k.dtype),
+        **plan.ring("d_out", e, k.dtype),
+    }
+    for name in rows:
+        scratch |= plan.ring(name, None, jnp.float32)
+
+    def body(*refs, **memory):
+        block = _KeyBlock(plan, names, refs, memory)
+        block.wanted, block.sums = wanted, sums
+        block.run()
+
+    out = launch.kernel(
+        body,
+        name="attention_" + "_".join(wanted),
+        out_type=out_type,
+        scratch=scratch,
+        grid=(kv_heads, plan.grid.num_k, b),
+        interpret=plan.interpret,
+    )(*(arrays[name] for name in names), *step_arrays, *operands)
+    found = dict(zip(wanted, out, strict=False))
+    return found, dict(zip(sums, out[len(wanted) :], strict=True))
+
+
+def _column_names(plan: Plan) -> list[str]:
+    kinds = {x.name: x.kind for x in plan.held}
+    trained = plan.grid.request.spec.score_operands
+    return [x.name for x in trained if kinds[x.name] == "column"]
+
+
+class _KeyBlock(_GradientBlock):
+    wanted: tuple[str, ...]
+    sums: list[str]
+
+    @property
+    def heads_per_block(self) -> int:
+        return self.group
+
+    @property
+    def streams(self):
+        vectors = ("shift", "d_sum")
+        names = ("q", "d_out", *_row_names(self.inputs))
+        return {name: (self.inputs[name], name in vectors) for name in names}
+
+    def streamed_head(self, turn):
+        return self.head * self.group + turn
+
+    def compute(self):
+        """A compute warpgroup: 64 keys over all queries that may see them."""
+        wg, x = jax.lax.axis_index("wg"), self.scratch
+        span = pl.ds(self.own_first(), ROWS)
+        where = (self.batch, span, self.head)
+        own = {name: x[f"{name}_tiles"].at[wg] for name in ("k", "v")}
+        for name, tile in own.items():
+            self.load_own(self.inputs[name], where, tile, x["own_ready"].at[wg])
+        widths = {"dk": self.inputs["k"].shape[3], "dv": self.inputs["v"].shape[3]}
+        start = tuple(self.machine.full((ROWS, widths[n]), 0.0) for n in self.wanted)
+
+        def one_head(turn, carry):
+            head = self.streamed_head(turn)
+            hooks = self.hooks(head)
+            step = functools.partial(self._step, hooks, hooks.numbers(), own, turn)
+            totals = tuple(self.machine.full((ROWS,), 0.0) for _ in self.sums)
+            carry, totals = self.over_steps(step, (carry, totals))
+            self._store_sums(totals, head, span)
+            return carry
+
+        carry = jax.lax.fori_loop(0, self.group, one_head, start)
+        scales = {"dk": self.request.scale, "dv": 1.0}
+        for name, x in zip(self.wanted, carry, strict=True):
+            tile = own[name[1:]]
+            tile[...] = (x * scales[name]).astype(tile.dtype)
+        plgpu.commit_smem()
+        for name, ref in zip(self.wanted, self.outputs, strict=False):
+            plgpu.copy_smem_to_gmem(own[name[1:]], ref.at[where])
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store_sums(self, totals, head, span):
+        if not self.sums:
+            return
+        wg, x = jax.lax.axis_index("wg"), self.scratch
+        for name, total in zip(self.sums, totals, strict=True):
+            x[f"{name}_rows"].at[wg][...] = total
+        plgpu.commit_smem()
+        refs = self.outputs[len(self.wanted) :]
+        for name, ref in zip(self.sums, refs, strict=True):
+            target = ref.at[self.batch, head, span]
+            plgpu.copy_smem_to_gmem(x[f"{name}_rows"].at[wg], target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _step(self, hooks, numbers, own, turn, n, carry, *, masked):
+        """One tile of queries: transposed scores, weights, and both cotangents."""
+        carry, totals = carry
+        found = dict(zip(self.wanted, carry, strict=True))
+        slot, dtype = self.slot(turn * self.num_steps + n), self.inputs["k"].dtype
+        q_tile = self.wait("q", slot)
+        products = self.machine.product(own["k"], q_tile)
+        rows = {}
+        for name in _row_names(self.inputs):
+            rows[name] = self.machine.vector(self.wait(name, slot), (), 1)
+            self.free(name, slot)
+        u, cotangents = self.weights(
+            hooks, numbers, products, self.own_first(), n, rows, 1, masked=masked
+        )
+        d_out_tile = self.wait("d_out", slot)
+        if "dv" in found:
+            found["dv"] = self.machine.accumulate(
+                found["dv"], u.astype(dtype), d_out_tile
+            )
+        if "dk" in found:
+            dp = self.machine.product(own["v"], d_out_tile)
+            d_raw, d_operands = cotangents(dp)
+            totals = tuple(
+                total + jnp.sum(d_operands[name], axis=1)
+                for name, total in zip(self.sums, totals, strict=True)
+            )
+            d_raw = d_raw.astype(dtype)
+            found["dk"] = self.machine.accumulate(found["dk"], d_raw, q_tile)
+        self.free("d_out", slot)
+        self.free("q", slot)
+        return tuple(found[name] for name in self.wanted), totals

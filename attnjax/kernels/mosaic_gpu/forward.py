@@ -1,0 +1,146 @@
+"""The forward kernel: a block of threads owns 128 queries of one head.
+
+Tiles of scores live in registers only, and the row statistics with them (Dao et al.,
+arXiv 2205.14135). One warpgroup's softmax runs under the other's matrix products
+(Shah et al., FlashAttention-3, arXiv 2407.08608, section 3.1).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnjax.kernels.compat import type_like
+from attnjax.kernels.mosaic_gpu import launch
+from attnjax.kernels.mosaic_gpu.block import Block, Plan
+from attnjax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ROWS
+
+INPUTS = ("q", "k", "v")
+
+
+def forward(plan: Plan, q, k, v, step_arrays, operands):
+    """Output [B, T, H, E] in q's dtype and log-sum [B, H, T] or None.
+
+    Args:
+        q, k, v: padded to whole tiles and to whole 64s of head dimension.
+    """
+    b, t, h, d = q.shape
+    e = v.shape[3]
+    out_type = [type_like((b, t, h, e), q.dtype, q)]
+    if plan.grid.request.spec.weight_map.needs_sum:
+        out_type.append(type_like((b, h, t), jnp.float32, q))
+    own = (COMPUTE_WARPGROUPS, ROWS)
+    scratch = {
+        "q_tiles": launch.tile_memory((*own, d), q.dtype),
+        "out_tiles": launch.tile_memory((*own, e), q.dtype) if e != d else None,
+        "lse_rows": plgpu.SMEM(own, jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+        **plan.ring("k", d, q.dtype),
+        **plan.ring("v", e, q.dtype),
+    }
+
+    def body(*refs, **memory):
+        _ForwardBlock(plan, INPUTS, refs, memory).run()
+
+    out = launch.kernel(
+        body,
+        name="attention_forward",
+        out_type=out_type,
+        scratch=scratch,
+        grid=(h, plan.grid.num_q, b),
+        interpret=plan.interpret,
+    )(q, k, v, *step_arrays, *operands)
+    return (*out, None)[:2]
+
+
+class _ForwardBlock(Block):
+    @property
+    def streams(self):
+        return {name: (self.inputs[name], False) for name in ("k", "v")}
+
+    def streamed_head(self, turn):
+        del turn
+        return jax.lax.div(self.head, jnp.int32(self.group))
+
+    def compute(self):
+        """A compute warpgroup: 64 queries over all steps."""
+        wg, x = jax.lax.axis_index("wg"), self.scratch
+        q_first = self.own_first()
+        rows = (self.batch, pl.ds(q_first, ROWS), self.head)
+        q_tile = x["q_tiles"].at[wg]
+        self.load_own(self.inputs["q"], rows, q_tile, x["q_ready"].at[wg])
+        hooks = self.hooks(self.head)
+        numbers = hooks.numbers()
+        start = (
+            self.machine.full((ROWS, self.inputs["v"].shape[3]), 0.0),
+            *(y for y in self.rows.start(ROWS) if y is not None),
+        )
+        step = functools.partial(self._step, hooks, numbers, q_tile, q_first)
+        # The second warpgroup starts half a step late.
+        pl.when(wg == 1)(self._take_turn)
+        carry = self.over_steps(step, start)
+        pl.when(wg == 0)(self._take_turn)
+        self._store(carry, rows, wg, numbers)
+
+    def _take_turn(self):
+        if self.plan.tiles.ping_pong:
+            plgpu.barrier_arrive(self.scratch["turn"])
+            plgpu.barrier_wait(self.scratch["turn"])
+
+    def _unpack(self, carry):
+        acc, *rest = carry
+        weight_map = self.request.spec.weight_map
+        top = rest.pop(0) if weight_map.needs_max else None
+        return acc, top, rest.pop(0) if weight_map.needs_sum else None
+
+    def _step(self, hooks, numbers, q_tile, q_first, n, carry, *, masked):
+        """One tile of keys: scores, weights, and their values."""
+        slot, turn = self.slot(n), self.scratch["turn"]
+        acc, top, total = self._unpack(carry)
+        k_tile = self.wait("k", slot)
+        products = self.machine.product(q_tile, k_tile, between=self._take_turn)
+        self.free("k", slot)
+        s, mask = hooks.scores(
+            numbers, self.rows.raw(products), q_first, self.first_row, n, masked=masked
+        )
+        top, fade = self.rows.raise_top(top, s)
+        u, summed = self.rows.weigh(s, self.rows.shift(top), 0, mask)
+        if fade is not None:
+            acc = acc * self.machine.spread(fade, acc.shape, 0)
+            total = None if total is None else total * fade
+        if total is not None:
+            total = total + jnp.sum(summed, axis=1)
+        u = u.astype(self.inputs["q"].dtype)
+        kept = tuple(y for y in (acc, top, total, u) if y is not None)
+        # The weights are finished before the other warpgroup's turn begins.
+        acc, *kept, u = jax.lax.optimization_barrier(kept)
+        if self.plan.tiles.ping_pong:
+            plgpu.barrier_arrive(turn)
+        v_tile = self.wait("v", slot)
+        if self.plan.tiles.ping_pong:
+            plgpu.barrier_wait(turn)
+        acc = self.machine.accumulate(acc, u, v_tile)
+        self.free("v", slot)
+        return (acc, *kept)
+
+    def _store(self, carry, rows, wg, numbers):
+        """Normalise, and write the output and the log-sums."""
+        x, out_ref = self.scratch, self.outputs[0]
+        acc, top, total = self._unpack(carry)
+        if total is not None:
+            sink = self.request.spec.weight_map.sink_logit(numbers)
+            factor, lse = self.rows.finish(top, total, sink)
+            acc = acc * self.machine.spread(factor, acc.shape, 0)
+            x["lse_rows"].at[wg][...] = lse
+        tiles = x["q_tiles"] if x["out_tiles"] is None else x["out_tiles"]
+        tiles.at[wg][...] = acc.astype(out_ref.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tiles.at[wg], out_ref.at[rows])
+        if total is not None:
+            b, span, h = rows
+            lse_ref = self.outputs[1].at[b, h, span]
+            plgpu.copy_smem_to_gmem(x["lse_rows"].at[wg], lse_ref)
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,154 @@
+"""What the Hopper kernels cannot compute, and why."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.kernels import tile_math, tiles
+from attnjax.kernels.masks import Tile
+from attnjax.kernels.mosaic_gpu.inline import WRAPPERS
+from attnjax.kernels.mosaic_gpu.tiles import MAX_DIM
+from attnjax.kernels.request import Request
+from attnjax.kernels.spec import AttentionSpec
+from attnjax.kernels.weight_maps import WeightMap
+
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+# Fields of a spec that the kernels know; another one must keep its default.
+FIELDS = {"mask", "scale", "score", "weight_map", "return_lse", "epilogue"}
+# What Mosaic GPU lowers, in lane semantics, on tiles in registers (jax 0.10); a test
+# compares it with jax's own table.
+_LOWERED = """
+    abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos
+    div eq erf exp exp2 ge gt integer_pow jit le log logistic lt max min mul ne neg
+    not or pjit rem round rsqrt select_n sign sin square sub tanh xor
+"""
+PRIMITIVES = frozenset(_LOWERED.split())
+# What `inline` takes out of scores, weight maps and their derivatives.
+INLINED = frozenset({*WRAPPERS, "add_any"})
+
+
+def reason(request: Request) -> str | None:
+    """Why the request cannot be computed, or None."""
+    checks = (_device, _arrays, _fields, _operands, _functions)
+    return next((found for check in checks if (found := check(request))), None)
+
+
+def _device(request: Request) -> str | None:
+    target = request.target
+    if target.platform != "gpu":
+        return f"needs platform gpu, not {target.platform}"
+    if not HOPPER.search(target.device_kind.upper()):
+        return (
+            "is written for Hopper (sm_90a: H100, H200, H20, H800, GH200), not "
+            f"{target.device_kind!r}"
+        )
+    return None
+
+
+def _arrays(request: Request) -> str | None:
+    if set(request.dtypes) not in ({"bfloat16"}, {"float16"}):
+        return f"needs q, k and v all bfloat16 or all float16, not {request.dtypes}"
+    if max(request.head_dim, request.value_dim) > MAX_DIM:
+        dims = f"D={request.head_dim}, E={request.value_dim}"
+        return f"needs D and E of at most {MAX_DIM}, not {dims}"
+    return None
+
+
+def _fields(request: Request) -> str | None:
+    spec = request.spec
+    if spec.reweight is not None:
+        return f"makes one pass over the keys; reweight={spec.reweight!r} needs two"
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if field.name not in FIELDS and value != field.default:
+            return f"does not compute {field.name}={value!r}"
+    return None
+
+
+def _operands(request: Request) -> str | None:
+    late = request.spec.epilogue_operands
+    for operand in request.spec.operands:
+        if operand.axes == "*" and operand not in late:
+            return (
+                f"reads operands by tile; {operand.name!r} is a table that would be "
+                "gathered from"
+            )
+    return None
+
+
+def _functions(request: Request) -> str | None:
+    read = tiles.of_tiles(request.spec, dict(request.operand_shapes))
+    shapes = tuple(sorted(read.items()))
+    return _lacking(request.spec, shapes)
+
+
+@functools.lru_cache(maxsize=256)
+def _lacking(spec: AttentionSpec, shapes) -> str | None:
+    """The first operation of the spec's functions that Mosaic GPU does not lower."""
+    parts = {
+        "mask": lambda tile, s: spec.mask.visible(tile),
+        "score": lambda tile, s: _with_gradient(spec, tile, s),
+        "weight_map": lambda tile, s: _weighed(spec.weight_map, s),
+    }
+    for name, part in parts.items():
+        jaxpr = jax.make_jaxpr(lambda part=part: part(*_example(spec, shapes)))()
+        opened = frozenset() if name == "mask" else INLINED
+        for primitive in _primitives(jaxpr.jaxpr):
+            if primitive not in PRIMITIVES | opened:
+                return (
+                    f"cannot lower {primitive!r}, which {name}={getattr(spec, name)!r} "
+                    "uses"
+                )
+    return None
+
+
+def _example(spec: AttentionSpec, shapes):
+    """A tile of two queries and keys, with every operand as a kernel would hold it."""
+    known = tiles.declarations(spec)
+    square, zero = jnp.zeros((2, 2), jnp.int32), jnp.int32(0)
+    operands = {}
+    for name, shape in shapes:
+        operand = known[name]
+        varies = any(
+            letter in "ts" and size > 1
+            for letter, size in zip(operand.axes, shape, strict=False)
+        )
+        kinds = {"int": jnp.int32, "bool": jnp.bool_}
+        dtype = kinds.get(operand.kind, jnp.float32)
+        operands[name] = jnp.zeros((2, 2) if varies else (), dtype)
+    tile = Tile(b=zero, h=zero, q=square, k=square, operands=operands)
+    return tile, jnp.zeros((2, 2), jnp.float32)
+
+
+def _with_gradient(spec: AttentionSpec, tile: Tile, s: jax.Array):
+    """The score steps and their derivatives, as `Hooks.score_pull` takes them."""
+    if not spec.score:
+        return s
+    trained = {
+        x.name: jnp.broadcast_to(tile.operands[x.name], s.shape)
+        for x in spec.score_operands
+    }
+    chain = tiles.score_chain(spec, tile)
+    ones = (jnp.ones_like(s), jax.tree.map(jnp.ones_like, trained))
+    return chain(s, trained), jax.jvp(chain, (s, trained), ones)
+
+
+def _weighed(weight_map: WeightMap, s: jax.Array):
+    shift = s if weight_map.exponential else None
+    u, summed = tile_math.weigh(weight_map, s, shift, s > 0)
+    ct = (s, s if weight_map.needs_sum else None)
+    ds = tile_math.score_cotangent(weight_map, s, u, shift, s > 0, ct)
+    return u, summed, ds
+
+
+def _primitives(jaxpr):
+    """Names of the operations of a jaxpr on arrays, inner ones included."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _primitives(inner)

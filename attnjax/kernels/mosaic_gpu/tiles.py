@@ -1,0 +1,90 @@
+"""Tile sizes of the Hopper kernels, by head dimensions, and whether they fit."""
+
+import dataclasses
+
+# What one block may use on Hopper (227 KiB), less room for barriers and the scratch
+# space of reductions.
+SHARED_MEMORY = 227 * 1024 - 4 * 1024
+# Rows of one wgmma, so of one compute warpgroup.
+ROWS = 64
+COMPUTE_WARPGROUPS = 2
+# Rows that one block of threads owns.
+BLOCK = ROWS * COMPUTE_WARPGROUPS
+MAX_DIM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the forward or of one backward kernel.
+
+    A block of threads owns BLOCK rows (queries in the forward and dq
+    kernels, keys in the dk/dv kernels) and steps over tiles of `step` rows of the
+    other side, `stages` of which are in shared memory at a time.
+
+    Attributes:
+        step: rows of the streamed tiles, 64 or 128.
+        stages: depth of the ring, at least 1.
+        ping_pong: let one warpgroup's softmax run during the other's matmuls.
+    """
+
+    step: int = 128
+    stages: int = 2
+    ping_pong: bool = True
+
+    def __post_init__(self):
+        if self.step not in (ROWS, BLOCK):
+            raise ValueError(
+                f"Tiles: step must be {ROWS} or {BLOCK}; got step={self.step}."
+            )
+        if self.stages < 1:
+            raise ValueError(
+                f"Tiles: stages must be at least 1; got stages={self.stages}."
+            )
+
+
+def padded_dim(dim: int) -> int:
+    """A head dimension as the kernels see it: whole rows of 128 bytes."""
+    return -(-dim // 64) * 64
+
+
+def forward_bytes(tiles: Tiles, head_dim: int, value_dim: int) -> int:
+    """Shared memory of the forward kernel in bytes, 2 bytes an element."""
+    fixed = BLOCK * (head_dim + (value_dim if value_dim != head_dim else 0))
+    ring = tiles.stages * tiles.step * (head_dim + value_dim)
+    return 2 * (fixed + ring) + 4 * BLOCK
+
+
+def backward_bytes(tiles: Tiles, head_dim: int, value_dim: int) -> int:
+    """Shared memory of a backward kernel in bytes: two owned and two streamed tiles."""
+    rows = BLOCK + tiles.stages * tiles.step
+    return 2 * rows * (head_dim + value_dim) + 8 * rows
+
+
+def _fitting(bytes_of, head_dim: int, value_dim: int, steps: tuple[int, ...]) -> Tiles:
+    for step in steps:
+        for stages in (4, 3, 2):
+            tiles = Tiles(step=step, stages=stages)
+            if bytes_of(tiles, head_dim, value_dim) <= SHARED_MEMORY:
+                return tiles
+    return Tiles(step=steps[-1], stages=1)
+
+
+def forward_tiles(head_dim: int, value_dim: int) -> Tiles:
+    """The widest step that a warpgroup's registers and the shared memory hold.
+
+    A thread holds value_dim / 2 numbers of the output, step / 2 of the scores and
+    step / 4 registers of rounded weights; 128 steps beside 256 values spill.
+    """
+    steps = (64,) if value_dim > 192 else (128, 64)
+    return _fitting(forward_bytes, head_dim, value_dim, steps)
+
+
+def backward_tiles(head_dim: int, value_dim: int) -> Tiles:
+    """Tiles of the backward kernels."""
+    tiles = _fitting(backward_bytes, head_dim, value_dim, (64,))
+    return dataclasses.replace(tiles, ping_pong=False)
+
+
+def joint_dkv(head_dim: int, value_dim: int) -> bool:
+    """Whether one kernel can hold the sums of both dk and dv in registers."""
+    return head_dim + value_dim <= 256

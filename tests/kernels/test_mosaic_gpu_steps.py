@@ -1,0 +1,117 @@
+"""Which tiles the Hopper kernels visit, against the dense mask."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax import kernels
+from attnjax.kernels import tiles
+from attnjax.kernels.mosaic_gpu import hooks, steps
+from attnjax.kernels.mosaic_gpu.steps import Grid
+
+H200 = kernels.Target("gpu", "NVIDIA H200")
+B, T = 2, 300
+
+
+def every_third(b, h, q, k):
+    return (q - k) % (3 + 0 * h) == 0
+
+
+def packed():
+    rows = [[1] * 140 + [2] * 100 + [0] * 60, [4] * 20 + [5] * 280]
+    return jnp.asarray(rows, jnp.int32)
+
+
+MASKS = {
+    "full": (kernels.Full(), {}, "table"),
+    "causal": (kernels.Causal(), {}, "causal"),
+    "window": (kernels.SlidingWindow(70), {}, "table"),
+    "prefix": (
+        kernels.Causal() | kernels.Prefix(),
+        {"prefix_len": jnp.asarray([1, 200], jnp.int32)},
+        "table",
+    ),
+    "packed": (
+        kernels.Causal() & kernels.Segments(),
+        {"q_segment_ids": packed(), "k_segment_ids": packed()},
+        "table",
+    ),
+    "function": (kernels.Causal() & kernels.MaskFn(every_third), {}, "table"),
+    "kv mask": (kernels.Full(), {"kv_mask": packed() == 2}, "table"),
+    "offset": (
+        kernels.Causal(),
+        {"q_positions": jnp.arange(T, dtype=jnp.int32)[None] - 130},
+        "table",
+    ),
+}
+
+
+def request_of(mask, operands, *, t=T, s=T):
+    shape = jnp.zeros((B, t, 1, 64), jnp.bfloat16)
+    keys = jnp.zeros((B, s, 1, 64), jnp.bfloat16)
+    spec = kernels.AttentionSpec(mask=mask)
+    return kernels.make_request(shape, keys, keys, spec, operands, H200)
+
+
+def dense(request, operands):
+    tile = tiles.make_tile(request, operands, (0, request.q_len, 0, request.kv_len))
+    mask = tiles.visible(request.spec, tile)
+    shape = (B, 1, request.q_len, request.kv_len)
+    return np.broadcast_to(np.asarray(True if mask is None else mask), shape)[:, 0]
+
+
+def visits(grid, operands):
+    """{(b, i, j): whether it is visited without a mask}; a tile twice fails."""
+    found, arrays = steps.make_steps(grid, hooks.pad_operands(grid, operands))
+    seen = {}
+    for b in range(B):
+        for owner in range(grid.owners):
+            full, count = map(int, found.bounds(arrays, b, jnp.int32(owner)))
+            for n in range(count):
+                j = int(found.block(arrays, b, jnp.int32(owner), jnp.int32(n)))
+                place = (b, j, owner) if grid.transposed else (b, owner, j)
+                assert place not in seen
+                seen[place] = n < full
+    return seen
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("name", MASKS)
+def test_every_visible_pair_is_visited_and_full_tiles_hide_nothing(name, transposed):
+    mask, operands, form = MASKS[name]
+    request = request_of(mask, operands)
+    blocks = (64, 128) if transposed else (128, 64)
+    grid = Grid(request, *blocks, transposed=transposed)
+    assert grid.form == form
+    wanted, seen = dense(request, operands), visits(grid, operands)
+    for b in range(B):
+        for i in range(grid.num_q):
+            for j in range(grid.num_k):
+                rows = slice(i * grid.block_q, (i + 1) * grid.block_q)
+                columns = slice(j * grid.block_k, (j + 1) * grid.block_k)
+                tile = wanted[b, rows, columns]
+                if tile.any():
+                    assert (b, i, j) in seen
+                    cut = (j + 1) * grid.block_k > T and form == "table"
+                    assert not (seen[b, i, j] and cut)
+                if seen.get((b, i, j)):
+                    assert tile.all()
+
+
+@pytest.mark.parametrize("name", ["packed", "window", "function"])
+def test_tables_skip_every_empty_tile_of_each_batch_row(name):
+    mask, operands, _ = MASKS[name]
+    request = request_of(mask, operands)
+    grid = Grid(request, 128, 64)
+    wanted = dense(request, operands)
+    for b, i, j in visits(grid, operands):
+        assert wanted[b, i * 128 : (i + 1) * 128, j * 64 : (j + 1) * 64].any()
+
+
+def test_plain_full_and_causal_attention_need_no_table():
+    for mask, form in ((kernels.Full(), "full"), (kernels.Causal(), "causal")):
+        request = request_of(mask, {}, t=256, s=256)
+        for transposed in (False, True):
+            grid = Grid(request, 128, 128, transposed=transposed)
+            assert grid.form == form
+            assert steps.make_steps(grid, {})[1] == ()

@@ -1,0 +1,227 @@
+"""What the Hopper kernels refuse, what they lower, and how large their tiles are."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attnjax import kernels
+from attnjax.kernels import AttentionSpec, mosaic_gpu
+from attnjax.kernels.mosaic_gpu import refusals, tiles
+from attnjax.kernels.mosaic_gpu.inline import inline
+
+H200 = kernels.Target("gpu", "NVIDIA H200")
+CAUSAL = kernels.Causal()
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOther:
+    stride: int
+
+    def __call__(self, b, h, q, k):
+        return (q - k) % (self.stride + 0 * h) == 0
+
+
+def rooted(s, b, h, q, k):
+    return jnp.sqrt(jnp.abs(s))
+
+
+def looked_up(s, b, h, q, k, table):
+    return s + table[(q + 3 * k) % 7]
+
+
+def swished(s, b, h, q, k, row, column):
+    return jax.nn.relu(s * row) * s + jax.nn.sigmoid(column)
+
+
+def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
+    dtype, target = more.pop("dtype", jnp.bfloat16), more.pop("target", H200)
+    given = jax.ShapeDtypeStruct
+    qkv = [
+        given(shape, dtype) for shape in ((b, t, h, d), (b, s, kv, d), (b, s, kv, e))
+    ]
+    whole = ("segment_ids", "prefix_len", "offset", "positions")
+    pool = {
+        name: given(shape, jnp.int32 if name.endswith(whole) else jnp.float32)
+        for name, shape in {
+            "q_segment_ids": (b, t),
+            "k_segment_ids": (b, s),
+            "prefix_len": (b,),
+            "sink": (h,),
+            "bias": (1, h, t, s),
+            "alibi_slopes": (h,),
+            "row": (b, 1, t),
+            "column": (b, h, s),
+            "table": (7,),
+        }.items()
+    }
+    operands = {x.name: pool[x.name] for x in spec.operands} | more
+    return kernels.make_request(*qkv, spec, operands, target), qkv, operands
+
+
+REFUSED = {
+    "a CPU": ("needs platform gpu", AttentionSpec(), {"target": kernels.Target("cpu")}),
+    "Blackwell": (
+        "Hopper (sm_90a: H100, H200, H20, H800, GH200), not 'NVIDIA B200'",
+        AttentionSpec(),
+        {"target": kernels.Target("gpu", "NVIDIA B200")},
+    ),
+    "Ampere": (
+        "not 'NVIDIA A100",
+        AttentionSpec(),
+        {"target": kernels.Target("gpu", "NVIDIA A100-SXM4-80GB")},
+    ),
+    "float32": ("bfloat16 or all float16", AttentionSpec(), {"dtype": jnp.float32}),
+    "wide heads": ("at most 256, not D=320, E=64", AttentionSpec(), {"d": 320}),
+    "two passes": (
+        "makes one pass over the keys",
+        AttentionSpec(reweight=kernels.Clip()),
+        {},
+    ),
+    "a table": (
+        "'table' is a table",
+        AttentionSpec(score=kernels.ScoreFn(looked_up, ("table",), ("table",))),
+        {},
+    ),
+    "a square root": (
+        "cannot lower 'sqrt', which score=(ScoreFn(",
+        AttentionSpec(score=kernels.ScoreFn(rooted)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_by_name(name):
+    text, spec, options = REFUSED[name]
+    assert text in mosaic_gpu.supports(request_of(spec, **options)[0])
+
+
+@pytest.mark.parametrize(
+    "kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "GH200 480GB"]
+)
+def test_takes_hopper(kind):
+    target = kernels.Target("gpu", kind)
+    assert mosaic_gpu.supports(request_of(AttentionSpec(), target=target)[0]) is None
+
+
+def test_is_never_chosen_by_itself():
+    assert mosaic_gpu.RANK == {}
+
+
+SWISHED = kernels.ScoreFn(swished, ("row", "column"), ("row", "column"))
+LOWERED = {
+    "full": (AttentionSpec(), {}),
+    "causal, D = 256": (AttentionSpec(CAUSAL), {"d": 256, "e": 256}),
+    "latent, D != E": (AttentionSpec(CAUSAL), {"d": 192, "e": 128, "kv": 4}),
+    "lengths and dims with padding": (
+        AttentionSpec(CAUSAL),
+        {"t": 77, "s": 77, "d": 80},
+    ),
+    "float16": (AttentionSpec(CAUSAL, return_lse=True), {"dtype": jnp.float16}),
+    "window": (AttentionSpec(kernels.SlidingWindow(9, 4, sinks=2)), {}),
+    "packed": (AttentionSpec(CAUSAL & kernels.Segments()), {}),
+    "prefix, sink": (
+        AttentionSpec(CAUSAL | kernels.Prefix(), weight_map=kernels.Softmax("logit")),
+        {},
+    ),
+    "dilated, bounded": (
+        AttentionSpec(
+            CAUSAL & kernels.MaskFn(EveryOther(3)),
+            score=kernels.SoftCap(20.0),
+            weight_map=kernels.Softmax("off_by_one", bound=20.0),
+        ),
+        {},
+    ),
+    "cap, bias, alibi": (
+        AttentionSpec(
+            CAUSAL,
+            score=(kernels.SoftCap(2.0), kernels.Bias(), kernels.ALiBi()),
+        ),
+        {},
+    ),
+    "rows and columns": (AttentionSpec(CAUSAL, score=SWISHED), {}),
+    "sigmoid": (AttentionSpec(CAUSAL, weight_map=kernels.Sigmoid(-2.0)), {}),
+    "softplus": (AttentionSpec(CAUSAL, weight_map=kernels.SoftplusL1()), {}),
+    "relu": (AttentionSpec(weight_map=kernels.ReluPower(1)), {}),
+    "relu power": (AttentionSpec(weight_map=kernels.ReluPower(2)), {}),
+    "polynomial": (AttentionSpec(CAUSAL, weight_map=kernels.Polynomial()), {}),
+    "softpick": (AttentionSpec(CAUSAL, weight_map=kernels.Softpick()), {}),
+    "elu": (AttentionSpec(weight_map=kernels.EluPlusOne(normalise=True)), {}),
+}
+
+
+def lowered_text(name):
+    spec, options = LOWERED[name]
+    request, qkv, operands = request_of(spec, **options)
+    assert mosaic_gpu.supports(request) is None
+    trained = {n for n, x in operands.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+
+    def total(qkv, some, rest):
+        out, lse = mosaic_gpu.run(request, *qkv, some | rest)
+        total = out.astype(jnp.float32).sum()
+        return total + lse.sum() if spec.return_lse else total
+
+    some = {n: x for n, x in operands.items() if n in trained}
+    rest = {n: x for n, x in operands.items() if n not in trained}
+    traced = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).trace(qkv, some, rest)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_forward_and_backward_lower_for_cuda(name):
+    text = lowered_text(name)
+    calls = re.findall(r"@(mosaic_gpu_v2|mosaic_gpu)\b", text)
+    joint = tiles.joint_dkv(
+        *(tiles.padded_dim(LOWERED[name][1].get(x, 64)) for x in "de")
+    )
+    assert len(calls) == (3 if joint else 4)
+
+
+def test_hooks_that_are_off_leave_the_plain_kernel():
+    plain = lowered_text("full")
+    LOWERED["empty hooks"] = (AttentionSpec(kernels.Full(), score=()), {})
+    assert lowered_text("empty hooks") == plain
+
+
+def test_primitives_are_those_that_jax_lowers():
+    lowering = pytest.importorskip("jax._src.pallas.mosaic_gpu.lowering")
+    core = pytest.importorskip("jax._src.pallas.mosaic_gpu.core")
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    lane = plgpu.LoweringSemantics.Lane, core.PrimitiveSemantics.Warpgroup
+    known = {primitive.name for primitive in lowering.mosaic_lowering_rules[lane]}
+    assert refusals.PRIMITIVES - {"pjit"} <= known
+
+
+def test_inline_opens_wrapped_functions_and_additions():
+    def fn(x):
+        return jax.nn.relu(x) * x + jax.nn.silu(x)
+
+    def slope(x, one):
+        return jax.jvp(fn, (x,), (one,))
+
+    x = jnp.linspace(-2.0, 2.0, 7)
+    jaxpr = jax.make_jaxpr(lambda x: inline(slope, x, jnp.ones_like(x)))(x)
+    names = set(refusals._primitives(jaxpr.jaxpr))
+    assert not names & refusals.INLINED
+    for got, wanted in zip(
+        inline(slope, x, jnp.ones(7)), slope(x, jnp.ones(7)), strict=True
+    ):
+        assert jnp.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("d", range(64, 257, 64))
+@pytest.mark.parametrize("e", range(64, 257, 64))
+def test_tiles_fit_into_shared_memory(d, e):
+    assert tiles.forward_bytes(tiles.forward_tiles(d, e), d, e) <= tiles.SHARED_MEMORY
+    assert tiles.backward_bytes(tiles.backward_tiles(d, e), d, e) <= tiles.SHARED_MEMORY
+
+
+def test_wrong_tiles_are_refused():
+    with pytest.raises(ValueError, match=r"step must be 64 or 128; got step=96"):
+        tiles.Tiles(step=96)
+    with pytest.raises(ValueError, match=r"stages must be at least 1; got stages=0"):
+        tiles.Tiles(stages=0)
