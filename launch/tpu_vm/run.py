@@ -189,7 +189,7 @@ class Tpu:
         Raises:
             Mistake: when the request fails again and again.
         """
-        failed, shown = 0, None
+        failed, shown = 0, ""
         while True:
             state, message = self.look()
             if state != shown:
@@ -308,7 +308,9 @@ def install(tpu: Tpu, options: argparse.Namespace, packed: bytes) -> int:
         archive.write_bytes(packed)
         code = tpu.copy(archive, archive.name)
     if code == EXIT_OK:
-        unpack = f"mkdir -p {folder} && tar -xzf {folder}.tar.gz -C {folder}"
+        # Anew: a file that was removed here must not be found there.
+        unpack = f"rm -rf {folder} && mkdir {folder} && tar -xzf {folder}.tar.gz"
+        unpack += f" -C {folder}"
         digest = hashlib.sha256(packed).hexdigest()
         code = tpu.ssh(f"{unpack} && bash {worker_script(options)} setup {digest}")
     if code not in (EXIT_OK, LOST) and tpu.is_active():

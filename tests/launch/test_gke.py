@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from attnjax.core.errors import EXIT_FAULT, EXIT_SAVED, EXIT_USER
+from attnjax.core.flags import parse_command_line
+from attnjax.train import Flags
 from attnjax.training import hosts
 from launch.gke import render
 
@@ -243,6 +245,9 @@ def test_run_directory_lies_on_the_bucket():
     workdir, volume = mounted(jobset)
     assert workdir == "/mnt/bucket/runs/big"
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    read = parse_command_line(container_of(jobset)["args"], Flags, program="train")
+    assert read.flags.workdir == workdir
+    assert read.config == "configs/quickstart.py"
     attributes = volume["csi"]["volumeAttributes"]
     assert attributes["bucketName"] == "bucket"
     assert "rename-dir-limit" in attributes["mountOptions"]
