@@ -51,6 +51,13 @@ MASKS = {
     "prefix": AttentionSpec(mask=CAUSAL | kernels.Prefix()),
     "packed": AttentionSpec(mask=CAUSAL & kernels.Segments()),
     "function": AttentionSpec(mask=kernels.MaskFn(EveryOther(3))),
+    "neighbourhood": AttentionSpec(
+        mask=kernels.Neighborhood((32, 32), 7, stride=2, causal=(True, False))
+    ),
+    "dilated": AttentionSpec(mask=CAUSAL & kernels.Dilated(3)),
+    "block lists": AttentionSpec(
+        mask=kernels.BlockLists(128, 128, tuple((i, 0) for i in range(8)))
+    ),
 }
 SCORES = {
     "cap": AttentionSpec(mask=CAUSAL, score=kernels.SoftCap(30.0)),

@@ -72,13 +72,53 @@ def test_what_is_refused_says_why(name):
         kernels.choose(request, "mosaic_tpu")
 
 
-def test_tables_are_refused_and_auto_takes_another():
-    operands = {"table": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    lines = kernels.explain(*shapes(), TABLE, operands, target=TPU)
+def sorted_distance(b, h, q, k):
+    return jnp.sort(q - k) > 0
+
+
+BLOCKS = tuple((i, 0) for i in range(8))
+TABLES = {
+    "score": ("a table, as operand 'table' is", TABLE, {"table": (3,)}),
+    "relative bias": (
+        "a table, as operand 'relative_bias' is",
+        AttentionSpec(score=kernels.RelativeBias(7)),
+        {"relative_bias": (4, 15)},
+    ),
+    "block mask": (
+        "a table, as operand 'block_mask' is",
+        AttentionSpec(mask=kernels.BlockMask(128, 128)),
+        {"block_mask": (1, 1, 8, 8)},
+    ),
+    "sort": (
+        "has no sort in a kernel, which MaskFn takes",
+        AttentionSpec(mask=kernels.MaskFn(sorted_distance)),
+        {},
+    ),
+    "small blocks": (
+        "has no gather in a kernel, which BlockLists takes",
+        AttentionSpec(mask=kernels.BlockLists(64, 64, BLOCKS * 2)),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_look_ups_are_refused_and_auto_takes_another(name):
+    reason, spec, sizes = TABLES[name]
+    dtype = jnp.bool_ if name == "block mask" else jnp.float32
+    operands = {n: jax.ShapeDtypeStruct(x, dtype) for n, x in sizes.items()}
+    lines = kernels.explain(*shapes(t=1024), spec, operands, target=TPU)
     assert lines[0] == "uses blocked on tpu"
-    assert (
-        "mosaic_tpu: cannot look values up in a table, as operand 'table' is" in lines
-    )
+    assert any("mosaic_tpu: " in line and reason in line for line in lines)
+
+
+def test_lists_of_whole_blocks_need_no_look_up():
+    spec = AttentionSpec(mask=kernels.BlockLists(128, 128, BLOCKS))
+    request = request_of(spec, t=1024)
+    assert mosaic_tpu.supports(request) is None
+    plan = blocks.plan_blocks(request, None)
+    assert (plan.block_q, plan.block_k) == (128, 128)
+    assert not blocks.masks_inside(plan)
 
 
 def test_inside_shard_map_a_mesh_is_no_obstacle():

@@ -3,7 +3,8 @@
 import numpy as np
 
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.mosaic_tpu.steps import EMPTY, static_kinds
+from attnjax.kernels.mosaic_tpu.hooks import mask_problem
+from attnjax.kernels.mosaic_tpu.steps import EMPTY, PARTIAL, is_static, static_kinds
 from attnjax.kernels.request import Request
 
 # Lanes of a vector register: blocks are multiples of it.
@@ -23,7 +24,15 @@ def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockP
     if block_sizes is not None:
         return BlockPlan(request, *block_sizes)
     sizes = CANDIDATES if _is_light(request) else CANDIDATES[1:]
-    return min((_plan(request, *size) for size in sizes), key=_cost)
+    plans = [_plan(request, *size) for size in sizes]
+    if mask_problem(request):
+        plans = [plan for plan in plans if not masks_inside(plan)] or plans
+    return min(plans, key=_cost)
+
+
+def masks_inside(plan: BlockPlan) -> bool:
+    """Whether a kernel evaluates the mask: not if each tile is empty or full."""
+    return not is_static(plan) or PARTIAL in static_kinds(plan)
 
 
 def _is_light(request: Request) -> bool:

@@ -1,7 +1,7 @@
 """What the TPU kernels take, and why not the rest."""
 
-from attnjax.kernels import tiles
 from attnjax.kernels.compat import inside_shard_map
+from attnjax.kernels.mosaic_tpu import blocks, hooks, steps
 from attnjax.kernels.request import Request
 
 DTYPES = ("bfloat16", "float32")
@@ -10,7 +10,7 @@ MAX_HEAD_DIM = 256
 
 def supports(request: Request) -> str | None:
     """Why the TPU kernels cannot compute the request, or None."""
-    checks = (_device, _arrays, _spec)
+    checks = (_device, _arrays, _lists, _spec)
     return next((reason for check in checks if (reason := check(request))), None)
 
 
@@ -41,8 +41,19 @@ def _spec(request: Request) -> str | None:
     if request.spec.reweight is not None:
         name = type(request.spec.reweight).__name__
         return f"takes no second pass over rows, as {name} is"
-    known = tiles.declarations(request.spec)
-    for name in sorted(request.operand_names):
-        if known[name].axes == "*":
-            return f"cannot look values up in a table, as operand {name!r} is"
+    found = hooks.score_problem(request)
+    if found is None and blocks.masks_inside(blocks.plan_blocks(request, None)):
+        found = hooks.mask_problem(request)
+    return found
+
+
+def _lists(request: Request) -> str | None:
+    plan = blocks.plan_blocks(request, None)
+    if max(plan.num_q, plan.num_k) > steps.MOST_BLOCKS:
+        return f"takes {steps.MOST_BLOCKS} blocks of tokens, not T={request.q_len}"
+    if plan.num_q * plan.num_k > steps.MOST_WORDS and not steps.is_static(plan):
+        return (
+            f"takes {steps.MOST_WORDS} tiles when they are sorted on the device, not "
+            f"{plan.num_q * plan.num_k}"
+        )
     return None

@@ -1,0 +1,126 @@
+"""Whether a TPU kernel can trace a spec's own functions: masks and score steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+
+from attnjax.kernels import tiles
+from attnjax.kernels.masks import Tile
+from attnjax.kernels.operands import as_rank4
+from attnjax.kernels.request import Request
+from attnjax.kernels.scores import ScoreStep
+
+# Elementwise primitives, and moves between shapes, that Mosaic lowers for vectors.
+_WORDS = """
+    abs add add_any and atan2 broadcast_in_dim ceil clamp clz concatenate
+    convert_element_type copy copy_p cos custom_jvp_call custom_vjp_call div eq erf
+    erf_inv exp exp2 floor ge gt integer_pow iota is_finite jit le log log1p
+    logistic lt max min mul ne neg nextafter not or pcast pjit population_count pow
+    rem reshape round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin slice split sqrt square squeeze stop_gradient sub
+    tan tanh transpose xor
+"""
+LOWERED = frozenset(_WORDS.split())
+_DTYPES = {"float": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}
+# What an operand of "any" kind may be: a request does not say.
+_ANY = (jnp.int32, jnp.float32, jnp.bool_)
+_SHAPE = (1, 1, 8, 128)
+
+
+@functools.lru_cache(maxsize=256)
+def mask_problem(request: Request) -> str | None:
+    """Why the mask cannot be evaluated inside a kernel, or None."""
+    mask = request.spec.mask
+    names = {operand.name for operand in mask.operands}
+    return _problem(request, names, mask.visible, type(mask).__name__)
+
+
+@functools.lru_cache(maxsize=256)
+def score_problem(request: Request) -> str | None:
+    """Why a score step cannot be computed inside a kernel, or None."""
+    for step in request.spec.score:
+        names = {operand.name for operand in step.operands}
+        name = type(step).__name__
+        found = _problem(request, names, functools.partial(_both_ways, step), name)
+        if found:
+            return found
+    return None
+
+
+def _both_ways(step: ScoreStep, tile: Tile):
+    """A step and its derivative."""
+    fixed = {n: x for n, x in tile.operands.items() if x.dtype != jnp.float32}
+    # Spread, as `tiles.trained_tiles` does, so that no derivative is a sum.
+    trained = {
+        name: jnp.broadcast_to(x, _SHAPE)
+        for name, x in tile.operands.items()
+        if name not in fixed
+    }
+
+    def apply(s, trained):
+        return step.apply(s, dataclasses.replace(tile, operands=fixed | trained))
+
+    scores = jnp.zeros(_SHAPE, jnp.float32)
+    return jax.vjp(apply, scores, trained)[1](scores)
+
+
+def _problem(request: Request, names: set[str], function: Callable, owner: str):
+    known = tiles.declarations(request.spec)
+    for name in sorted(names):
+        if known[name].axes == "*":
+            return f"cannot look values up in a table, as operand {name!r} is"
+
+    def trace(operands):
+        arrays = {name: as_rank4(x, known[name].axes) for name, x in operands.items()}
+        return function(_tile(arrays))
+
+    for any_dtype in _ANY:
+        dtypes = _DTYPES | {"any": any_dtype}
+        shapes = _shapes(request, {n: dtypes[known[n].kind] for n in names})
+        try:
+            found = set(_primitives(jax.make_jaxpr(trace)(shapes).jaxpr))
+        except TypeError:
+            # Not a dtype for this function; if none is, the kernel will say why.
+            continue
+        missing = " and no ".join(sorted(found - LOWERED))
+        return f"has no {missing} in a kernel, which {owner} takes" if missing else None
+    return None
+
+
+def _shapes(request: Request, dtypes) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the operands of one small tile."""
+    known = tiles.declarations(request.spec)
+    given = dict(request.operand_shapes)
+    sizes = dict(zip("bhts", _SHAPE, strict=True))
+    return {
+        name: jax.ShapeDtypeStruct(
+            tuple(
+                min(size, sizes[letter])
+                for size, letter in zip(given[name], known[name].axes, strict=True)
+            ),
+            dtype,
+        )
+        for name, dtype in dtypes.items()
+    }
+
+
+def _tile(operands) -> Tile:
+    index = [
+        jnp.arange(n, dtype=jnp.int32).reshape(
+            [n if a == axis else 1 for a in range(4)]
+        )
+        for axis, n in enumerate(_SHAPE)
+    ]
+    return Tile(*index, operands=operands)
+
+
+def _primitives(jaxpr) -> Iterator[str]:
+    """Names of all primitives of a jaxpr, those of inner ones too."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jaxprs_in_params(equation.params):
+            yield from _primitives(inner)
