@@ -51,10 +51,7 @@ def main(argv: list[str]) -> int:
     if line.flags.out is None:
         print(text)
     else:
-        from attnjax.training.disk import disk_errors
-
-        with disk_errors("out"):
-            Path(line.flags.out).write_text(text + "\n", encoding="utf-8")
+        _write(Path(line.flags.out), text)
     return 0
 
 
@@ -65,6 +62,18 @@ def _check(line: CommandLine) -> None:
             "attnjax.plan: takes one of --config FILE and --sweep FILE; got "
             f"--config={line.config}, --sweep={flags.sweep}."
         )
+    if not flags.search and (flags.tries, flags.show) != (Flags.tries, Flags.show):
+        raise UserError(
+            "attnjax.plan: --tries and --show belong to --search; got "
+            f"--tries={flags.tries}, --show={flags.show}. Add --search."
+        )
+    if flags.decode_batch is not None and (flags.search or not flags.decode):
+        raise UserError(
+            "attnjax.plan: --decode_batch needs a decode step, which --search and "
+            f"--decode=false leave out; got --decode_batch={flags.decode_batch}."
+        )
+    if flags.out is not None:
+        _check_out(Path(flags.out))
     if flags.sweep is not None and (flags.search or line.overrides):
         raise UserError(
             "attnjax.plan: --sweep takes neither --search nor --config.KEY=VALUE; got "
@@ -75,6 +84,25 @@ def _check(line: CommandLine) -> None:
             raise UserError(
                 f"--{name}: must be at least 1; got {getattr(flags, name)}."
             )
+
+
+def _check_out(path: Path) -> None:
+    """Before minutes of compilation, not after."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"has no folder {str(path.parent)!r}"
+        raise UserError(f"--out: {str(path)!r} {what}. Name a file in a folder.")
+
+
+def _write(path: Path, text: str) -> None:
+    from attnjax.training.disk import disk_errors
+
+    try:
+        with disk_errors("out"):
+            path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--out: cannot write {str(path)!r}: {error.strerror}."
+        ) from None
 
 
 def _report(line: CommandLine, target) -> str:
@@ -102,18 +130,29 @@ def _report(line: CommandLine, target) -> str:
 
 
 def _sweep(flags: Flags, target, options: dict) -> str:
+    """Plans of all points; those that differ in the seed alone share one."""
     from attnjax.planning import planner, text
     from attnjax.studies import sweep_file
 
-    study = sweep_file.load(flags.sweep, ".")
+    programs: dict[str, list] = {}
+    for point in sweep_file.load(flags.sweep, ".").points:
+        train = {k: v for k, v in point.config["train"].items() if k != "seed"}
+        key = json.dumps({**point.config, "train": train}, sort_keys=True)
+        programs.setdefault(key, []).append(point)
     found, lines = [], []
-    for point in study.points:
-        plan = _say(f"planning {point.name}") or planner.plan(
-            point.config, target, **options
-        )
-        labels = {"labels": dict(point.labels), "hash": point.hash}
-        found.append({**labels, **planner.to_json(plan)})
-        lines += ([""] if lines else []) + [f"[{point.name}]", *text.lines(plan)]
+    for points in programs.values():
+        names = ", ".join(point.name for point in points)
+        _say(f"planning {names}")
+        try:
+            plan = planner.plan(points[0].config, target, **options)
+        except UserError as error:
+            raise UserError(f"--sweep: point {points[0].name}: {error}") from None
+        for point in points:
+            labels = {"labels": dict(point.labels), "hash": point.hash}
+            found.append(
+                {**labels, **planner.to_json(plan), "config": dict(point.config)}
+            )
+        lines += ([""] if lines else []) + [f"[{names}]", *text.lines(plan)]
     return json.dumps(found, indent=2) if flags.json else "\n".join(lines)
 
 

@@ -101,10 +101,11 @@ def plan(
     """
     devices = targets.devices(target)
     here = problem.experiment(config, target, devices)
+    batch = problem.decode_batch(here, decode_batch)
     train = _train(here, target, devices)
     decoded, note = None, "not asked for"
     if decode:
-        decoded, note = _decode(here, target, devices, decode_batch)
+        decoded, note = _decode(here, target, devices, batch)
     return Plan(
         target,
         config,
@@ -137,10 +138,10 @@ def _train(here, target: PlanTarget, devices: list) -> ProgramPlan:
     )
 
 
-def _decode(here, target, devices, wanted) -> tuple[ProgramPlan | None, str]:
+def _decode(here, target, devices, batch) -> tuple[ProgramPlan | None, str]:
     from attnjax.core.errors import UserError
 
-    batch, length = problem.decode_batch(here, wanted), here.data.seq_len
+    length = here.data.seq_len
     try:
         program = problem.decoding(here, batch=batch, max_len=length)
     except UserError as error:
@@ -159,7 +160,8 @@ def _decode(here, target, devices, wanted) -> tuple[ProgramPlan | None, str]:
         ),
         model_flops=batch * max(flops, 0.0) / len(devices),
     )
-    return planned, f"{batch} sequences of up to {length} tokens"
+    plural = "s" if batch > 1 else ""
+    return planned, f"{batch:,} sequence{plural} of up to {length:,} tokens"
 
 
 def _weigh(here, target, compiled: Compiled, *, sizes, model_flops) -> ProgramPlan:

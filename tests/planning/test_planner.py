@@ -46,7 +46,7 @@ def test_products_of_the_step_are_those_of_the_model(plan):
 def test_the_report_names_what_was_found(plan):
     found = "\n".join(text.lines(plan))
     for words in (
-        "training step: fits", "decode step, 1 sequences of up to 31 tokens: fits",
+        "training step: fits", "decode step, 1 sequence of up to 31 tokens: fits",
         "activations and temporaries", "attention by blocked", "not estimated",
         "traced and compiled in",
     ):  # fmt: skip
