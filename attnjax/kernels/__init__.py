@@ -4,9 +4,12 @@ Start at `attention` (dispatch.py); what it computes is an `AttentionSpec` (spec
 of a mask (masks.py, grid_masks.py, block_masks.py), score steps (scores.py,
 relative.py, low_rank.py), a weight map (weight_maps.py), perhaps a second pass over
 its rows (reweight.py), and an epilogue (epilogue.py).
+`sharded_attention` (sharded.py) runs it on a mesh, tokens shared out too (ring.py,
+all_to_all.py).
 `linear_attention` (linear/dispatch.py) is the family of recurrences on a state.
 """
 
+from attnjax.kernels.all_to_all import all_to_all
 from attnjax.kernels.block_masks import BlockLists, BlockMask, mark_blocks
 from attnjax.kernels.choices import Choice, watching
 from attnjax.kernels.dispatch import IMPLEMENTATIONS, attention, choose, explain
@@ -45,7 +48,9 @@ from attnjax.kernels.operands import Operand
 from attnjax.kernels.relative import RelativeBias, t5_bias, t5_buckets
 from attnjax.kernels.request import Request, make_request
 from attnjax.kernels.reweight import Clip, Reweight, Sharpen
+from attnjax.kernels.ring import ring, zigzag
 from attnjax.kernels.scores import ALiBi, Bias, ScoreFn, ScoreStep, SoftCap
+from attnjax.kernels.sharded import Cuts, sharded_attention
 from attnjax.kernels.spec import AttentionSpec
 from attnjax.kernels.target import Target, default_target
 from attnjax.kernels.weight_maps import (
@@ -72,6 +77,7 @@ __all__ = [
     "Choice",
     "Clip",
     "Coverage",
+    "Cuts",
     "Dilated",
     "EluPlusOne",
     "EpilogueStep",
@@ -106,6 +112,7 @@ __all__ = [
     "Target",
     "Tile",
     "WeightMap",
+    "all_to_all",
     "attention",
     "choose",
     "default_target",
@@ -117,8 +124,11 @@ __all__ = [
     "make_request",
     "mark_blocks",
     "merge",
+    "ring",
+    "sharded_attention",
     "t5_bias",
     "t5_buckets",
     "watching",
     "widen",
+    "zigzag",
 ]

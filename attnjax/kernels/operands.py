@@ -106,12 +106,13 @@ def check_operands(
         _check_one(known[name], array, sizes)
 
 
-def _letters(operand: Operand) -> str:
+def letters_of(operand: Operand) -> str:
+    """Letters of the array's axes as far as they are known, "" for none."""
     return operand.shape if operand.axes == "*" else operand.axes
 
 
 def _axes_text(operand: Operand) -> str:
-    letters = _letters(operand)
+    letters = letters_of(operand)
     return "[" + ", ".join(letters.upper()) + "]" if letters else "of any shape"
 
 
@@ -122,7 +123,7 @@ def _check_one(operand: Operand, array, sizes: Mapping[str, int]) -> None:
             f"attention: operand {operand.name!r} must be {operand.kind}; "
             f"got dtype={array.dtype}."
         )
-    letters = _letters(operand)
+    letters = letters_of(operand)
     if not letters:
         return
     legal = len(array.shape) == len(letters) and all(
