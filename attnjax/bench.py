@@ -1,4 +1,7 @@
-"""Measurements: python -m attnjax.bench kernels|mixers|train|seeds [--filter RE]."""
+"""Measurements: python -m attnjax.bench kernels|mixers|train|seeds [--filter RE].
+
+`device_kernels` is for a machine with a GPU: it goes on where its results file ends.
+"""
 
 import dataclasses
 import importlib
@@ -19,16 +22,21 @@ class Flags:
     Attributes:
         what: kernels (attention against the implementations of other libraries),
             mixers (every mechanism against plain attention), train (a training
-            step against PyTorch and against plain JAX), or seeds (several seeds in
-            one program against separate runs).
+            step against PyTorch and against plain JAX), seeds (several seeds in
+            one program against separate runs), or device_kernels (the fused kernels
+            on a GPU: correctness, then times; it goes on where its file ends).
         filter: regular expression of the rows to measure (none: all).
         json: a file for the results with machine and versions (none: the table
-            alone).
+            alone; device_kernels: benchmarks/results/DEVICE-DATE.json).
+        minutes: how long device_kernels begins new rows.
     """
 
-    what: Literal["kernels", "mixers", "train", "seeds"] = positional()
+    what: Literal["kernels", "mixers", "train", "seeds", "device_kernels"] = (
+        positional()
+    )
     filter: str | None = None
     json: str | None = None
+    minutes: float = 8.0
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +45,9 @@ def main(argv: list[str]) -> None:
         argv, Flags, program="attnjax.bench", config=False, overrides=False
     ).flags
     _check_filter(flags.filter)
+    if flags.what == "device_kernels":
+        _measure_on_device(flags)
+        return
     out = None if flags.json is None else _writable(Path(flags.json))
     report = measure(flags.what, flags.filter)
     if out is not None:
@@ -50,6 +61,15 @@ def measure(what: str, pattern: str | None) -> dict[str, Any]:
     report = module.run(pattern)
     module.print_report(report)
     return report
+
+
+def _measure_on_device(flags: Flags) -> None:
+    """Make the rows that the results file lacks."""
+    from attnjax.benchmarks import device_kernels
+
+    path = None if flags.json is None else Path(flags.json)
+    report = device_kernels.run(flags.filter, path=path, minutes=flags.minutes)
+    device_kernels.print_report(report)
 
 
 def _check_filter(pattern: str | None) -> None:

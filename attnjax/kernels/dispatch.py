@@ -15,7 +15,14 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from attnjax.kernels import blocked, choices, cudnn, mosaic_tpu, reference
+from attnjax.kernels import (
+    blocked,
+    choices,
+    cudnn,
+    mosaic_gpu,
+    mosaic_tpu,
+    reference,
+)
 from attnjax.kernels.compat import vary_together
 from attnjax.kernels.errors import nearest
 from attnjax.kernels.low_rank import widen, widened
@@ -23,7 +30,13 @@ from attnjax.kernels.request import Request, make_request
 from attnjax.kernels.spec import PLAIN, AttentionSpec
 from attnjax.kernels.target import Target, default_target
 
-IMPLEMENTATIONS: tuple[ModuleType, ...] = (reference, blocked, cudnn, mosaic_tpu)
+IMPLEMENTATIONS: tuple[ModuleType, ...] = (
+    reference,
+    blocked,
+    cudnn,
+    mosaic_tpu,
+    mosaic_gpu,
+)
 
 
 def attention(

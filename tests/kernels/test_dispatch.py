@@ -37,6 +37,7 @@ def test_auto_takes_blocked_on_cpu_and_says_why_not_the_others():
         "blocked: supports it",
         "cudnn: needs platform gpu, not cpu",
         "mosaic_tpu: needs platform tpu, not cpu",
+        "mosaic_gpu: needs platform gpu, not cpu",
     ]
 
 
