@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from attnjax.core.errors import EXIT_FAULT, EXIT_OK, EXIT_USER, UserError
+from attnjax.core.errors import EXIT_FAULT, EXIT_OK, UserError
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -37,8 +37,8 @@ def run_main(
             code, None meaning 0.
         argv: the command line; None takes this process's.
 
-    A UserError is one `error: ...` line on stderr and exit 2; an interrupt is 130;
-    any other exception is a fault of ours: its traceback, and exit 1.
+    A UserError is one `error: ...` line on stderr and its own exit code, mostly 2; an
+    interrupt is 130; any other exception is a fault of ours: its traceback, and exit 1.
     """
     words = sys.argv[1:] if argv is None else argv
     code = EXIT_OK
@@ -72,7 +72,7 @@ def report(error: Exception) -> int:
     told = as_user_error(error)
     if told is not None:
         print(f"error: {told}", file=sys.stderr)
-        return EXIT_USER
+        return told.exit_code
     traceback.print_exception(error)
     print(
         f"fault: {type(error).__name__} inside attnjax; this is not your mistake. "

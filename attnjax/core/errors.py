@@ -14,8 +14,19 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend.
 
     The text is `<Owner>: <rule>; got <name>=<value>. <Cure>`; front doors print
-    it without a traceback and exit with `EXIT_USER`.
+    it without a traceback and exit with `exit_code`.
     """
+
+    exit_code = EXIT_USER
+
+
+class PeerError(UserError):
+    """Another process of the same run is missing or gone.
+
+    Nobody's mistake: the same command may do when it is run again, so launchers try.
+    """
+
+    exit_code = EXIT_FAULT
 
 
 def nearest(name: str, options: Iterable[str], *, limit: int = 3) -> str:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from attnjax.core import cli
-from attnjax.core.errors import UserError
+from attnjax.core.errors import PeerError, UserError
 from attnjax.training import agreement
 from attnjax.training.signals import StopSignal, leave
 
@@ -31,6 +31,10 @@ TIMEOUT = "ATTNJAX_JOIN_SECONDS"
 
 _TPU_PORT = 8476  # as jax uses on TPU hosts
 _LEAVE_SECONDS = 5.0
+# How the collectives of CPUs and GPUs, and jax's own service, tell of a lost process.
+_GONE = re.compile(
+    "gloo|nccl|connection (closed|reset)|peer|heartbeat|coordination", re.IGNORECASE
+)
 _HELP = (
     "Let launch/local/run.py start the processes, or see launch/README.md for clusters."
 )
@@ -170,7 +174,7 @@ def join(signals: StopSignal, place: Place | None) -> None:
         place: from `find`; None does nothing.
 
     Raises:
-        UserError: when the others cannot be reached in time.
+        PeerError: when the others cannot be reached in time.
     """
     if place is None:
         return
@@ -202,7 +206,7 @@ def join(signals: StopSignal, place: Place | None) -> None:
     while thread.is_alive():
         thread.join(0.1)
     if failed:
-        raise UserError(_could_not_join(place, seconds, failed[0])) from failed[0]
+        raise PeerError(_could_not_join(place, seconds, failed[0])) from failed[0]
     signals.several = True
     agreement.begin(signals)
 
@@ -257,12 +261,23 @@ def leaving_together() -> Iterator[None]:
     except Exception as error:
         if not agreement.is_several():
             raise
-        code = cli.report(error)
+        code = cli.report(_of_a_peer(error) or error)
         agreement.gather(seconds=_LEAVE_SECONDS)
         if is_writer():
             # It serves the others: let them leave with their own code.
             time.sleep(0.5)
         leave(code)
+
+
+def _of_a_peer(error: Exception) -> PeerError | None:
+    """What a collective's error says when another process has gone."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not _GONE.search(text):
+        return None
+    return PeerError(
+        f"hosts: another process of this run has gone ({text[:160]}). Its own output "
+        "says why. The same command again goes on from the last checkpoint."
+    )
 
 
 def host_rows(batch_size: int, place: jax.sharding.Sharding) -> slice | None:

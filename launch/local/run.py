@@ -136,7 +136,7 @@ def start(index: int, port: int, options, rest: list[str], logs: Path):
 
 def wait(started: list, asked: list[int], patience: float, logs: Path) -> int:
     """Wait for all; pass on what we are asked; the code that says most."""
-    deadline = None
+    deadline, ended_by_us = None, set()
     while any(process.poll() is None for process in started):
         while asked:
             number = asked.pop(0)
@@ -146,20 +146,37 @@ def wait(started: list, asked: list[int], patience: float, logs: Path) -> int:
                     with contextlib.suppress(ProcessLookupError):
                         process.send_signal(number)
                     break
-        gone = [process for process in started if process.poll() is not None]
-        if deadline is None and any(process.returncode for process in gone):
+        if deadline is None and any(process.poll() for process in started):
             deadline = time.monotonic() + patience
         if deadline is not None and time.monotonic() > deadline:
-            for process in started:
+            for index, process in enumerate(started):
                 if process.poll() is None:
+                    ended_by_us.add(index)
                     process.kill()
         time.sleep(0.05)
     codes = [process.returncode for process in started]
     for index, code in enumerate(codes):
-        if code not in (EXIT_OK, EXIT_SAVED):
-            where = "above" if index == 0 else logs / f"process_{index}.log"
-            print(f"process {index} ended with {code}; see {where}", file=sys.stderr)
-    return together(codes)
+        if code not in (EXIT_OK, EXIT_SAVED) and index not in ended_by_us:
+            say_end(index, code, logs)
+    if ended_by_us:
+        names = ", ".join(map(str, sorted(ended_by_us)))
+        say(f"process {names}: waited {patience:g} s for it, then ended it.")
+    code = together(codes)
+    if code == 1:
+        say("the same command goes on from the last checkpoint.")
+    return code
+
+
+def say_end(index: int, code: int, logs: Path) -> None:
+    """How one process ended, and where it says why."""
+    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    where = "above" if index == 0 else logs / f"process_{index}.log"
+    say(f"process {index}: ended by {how}; its output: {where}")
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def together(codes: list[int]) -> int:

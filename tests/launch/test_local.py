@@ -176,6 +176,8 @@ def test_two_processes_go_on_after_a_kill(corpus, one, tmp_path):
     os.kill(_process(run, 1), 9)
     text, _ = launched.communicate(timeout=LIMIT)
     assert launched.returncode == 1, text
+    assert "process 1: ended by signal SIGKILL" in text
+    assert "the same command goes on from the last checkpoint" in text
     again = _launch(corpus, run)
     text, _ = again.communicate(timeout=LIMIT)
     assert again.returncode == 0, text

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attnjax.core.errors import UserError
+from attnjax.core import cli
+from attnjax.core.errors import EXIT_FAULT, PeerError, UserError
 from attnjax.training import hosts, run
 
 JAX = {
@@ -82,6 +83,29 @@ def test_seconds_to_join_in_must_be_a_number(monkeypatch):
     signals = SimpleNamespace(several=False)
     with pytest.raises(UserError, match="must be seconds, at least 1; got 'soon'"):
         hosts.join(signals, hosts.find(JAX))
+
+
+def test_a_process_that_is_missing_is_no_mistake(monkeypatch):
+    def never(**options):
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
+
+    monkeypatch.setattr(jax.distributed, "initialize", never)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setenv(hosts.TIMEOUT, "7")
+    signals = SimpleNamespace(several=False)
+    with pytest.raises(
+        PeerError, match="process 3 of 4 .* within 7 s: DEADLINE"
+    ) as got:
+        hosts.join(signals, hosts.find(JAX))
+    assert cli.report(got.value) == EXIT_FAULT
+    assert not signals.several
+
+
+def test_errors_of_collectives_name_a_lost_process():
+    lost = jax.errors.JaxRuntimeError("INTERNAL: Gloo AllReduce failed: closed by peer")
+    assert "another process of this run has gone" in str(hosts._of_a_peer(lost))
+    assert hosts._of_a_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")) is None
+    assert hosts._of_a_peer(ValueError("gloo")) is None
 
 
 def test_one_of_several_processes_does_not_train_alone(monkeypatch, tmp_path):
