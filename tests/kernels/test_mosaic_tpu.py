@@ -96,6 +96,8 @@ def arrays(kv_heads, *, batch=B, heads=H, dtype=jnp.float32):
         "alibi_slopes": normal(heads),
         "sink": normal(heads),
         "head_scale": normal(heads),
+        "head_norm": normal(1, E),
+        "output_gate": normal(batch, T, heads, E),
         "strength": normal(heads),
         "tilt": 0.3 * normal(batch, 1, T),
         "slant": normal(1, heads, T),
@@ -108,7 +110,10 @@ def arrays(kv_heads, *, batch=B, heads=H, dtype=jnp.float32):
 
 
 def operands_of(spec, pool):
-    return {operand.name: pool[operand.name] for operand in spec.operands}
+    found = {operand.name: pool[operand.name] for operand in spec.operands}
+    if GATE_A_HEAD in spec.epilogue:
+        found["output_gate"] = pool["output_gate"][..., 0]
+    return found
 
 
 def value_and_grads(form, spec, q, k, v, operands, cotangents):
@@ -161,20 +166,23 @@ def test_kernels_equal_dense_float64(name):
     agree(value_and_grads(run, spec, *given), oracle(spec, *given))
 
 
+GATE, SCALE = kernels.OutputGate(), kernels.HeadScale()
+GATE_A_HEAD, NORM = kernels.OutputGate(per="head"), kernels.HeadRMSNorm()
+# Name -> weight map, mask, epilogue.
 MAPS = {
-    "bounded softmax": (kernels.Softmax(bound=20.0, sink="logit"), CAUSAL),
-    "softplus": (kernels.SoftplusL1(), kernels.SlidingWindow(5)),
-    "polynomial": (kernels.Polynomial(eps=0.0), PACKED),
-    "softpick": (kernels.Softpick(), PACKED),
-    "squared relu": (kernels.ReluPower(power=2, factor=0.3), CAUSAL),
-    "normalised elu": (kernels.EluPlusOne(normalise=True), CAUSAL),
+    "bounded softmax": (kernels.Softmax(bound=20.0, sink="logit"), CAUSAL, GATE),
+    "softplus": (kernels.SoftplusL1(), kernels.SlidingWindow(5), (NORM, SCALE)),
+    "polynomial": (kernels.Polynomial(eps=0.0), PACKED, ()),
+    "softpick": (kernels.Softpick(), PACKED, GATE_A_HEAD),
+    "squared relu": (kernels.ReluPower(power=2, factor=0.3), CAUSAL, (NORM, GATE)),
+    "normalised elu": (kernels.EluPlusOne(normalise=True), CAUSAL, ()),
 }
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_every_kind_of_weight_map_equals_dense_float64(name):
-    weight_map, mask = MAPS[name]
-    spec = AttentionSpec(mask=mask, weight_map=weight_map, epilogue=kernels.HeadScale())
+def test_weight_maps_and_epilogues_equal_dense_float64(name):
+    weight_map, mask, epilogue = MAPS[name]
+    spec = AttentionSpec(mask=mask, weight_map=weight_map, epilogue=epilogue)
     q, k, v, pool, cotangents = arrays(1, batch=1, heads=2)
     given = (q, k, v, operands_of(spec, pool), cotangents)
     agree(value_and_grads(run, spec, *given), oracle(spec, *given))

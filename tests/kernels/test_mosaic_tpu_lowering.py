@@ -38,6 +38,9 @@ POOL = {
     "tilt": ((B, H, T), BF16),
     "slant": ((1, 1, T), F32),
     "strength": ((B,), F32),
+    "output_gate": ((B, T, H, 64), BF16),
+    "head_scale": ((H,), F32),
+    "head_norm": ((H, 64), F32),
     "prefix_len": ((B,), I32),
     "q_segment_ids": ((B, T), I32),
     "k_segment_ids": ((B, T), I32),
@@ -76,11 +79,20 @@ MAPS = {
     "relu": kernels.ReluPower(power=2),
     "elu": kernels.EluPlusOne(normalise=True),
 }
+EPILOGUES = {
+    "gate": kernels.OutputGate(),
+    "gate by head": kernels.OutputGate(per="head"),
+    "norm and scale": (kernels.HeadRMSNorm(), kernels.HeadScale()),
+}
 VARIANTS = {f"mask {name}": spec for name, spec in MASKS.items()}
 VARIANTS |= {f"score {name}": spec for name, spec in SCORES.items()}
 VARIANTS |= {
     f"map {name}": AttentionSpec(mask=CAUSAL, weight_map=weight_map)
     for name, weight_map in MAPS.items()
+}
+VARIANTS |= {
+    f"epilogue {name}": AttentionSpec(mask=CAUSAL, epilogue=epilogue)
+    for name, epilogue in EPILOGUES.items()
 }
 
 
@@ -88,6 +100,8 @@ def traced(spec, *, more=(), t=T, kv=2, d=64, e=64, dtype=BF16, mapped=False):
     """Forward and backward, traced for a TPU."""
     names = [operand.name for operand in spec.operands]
     operands = {n: jax.ShapeDtypeStruct(*POOL[n]) for n in (*names, *more)}
+    if spec.epilogue == (EPILOGUES["gate by head"],):
+        operands["output_gate"] = jax.ShapeDtypeStruct((B, T, H), BF16)
     shapes = ((B, t, H, d), (B, T, kv, d), (B, T, kv, e))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     trained = {o.name for o in spec.operands if o.trains}

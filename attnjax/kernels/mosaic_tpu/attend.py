@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnjax.kernels import epilogue, tile_math, tiles
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.mosaic_tpu import backward, layout, steps
+from attnjax.kernels.mosaic_tpu import backward, finish, layout, steps
 from attnjax.kernels.mosaic_tpu.blocks import plan_blocks
 from attnjax.kernels.mosaic_tpu.call import Walk
 from attnjax.kernels.mosaic_tpu.forward import forward
@@ -28,29 +28,46 @@ def attend(
     known = tiles.declarations(spec)
     trained = {n: x for n, x in placed.items() if known[n].trains}
     fixed = {n: x for n, x in placed.items() if not known[n].trains}
-    out, lse = _attend(plan, interpret, q, k, v, trained, fixed)
-    if spec.epilogue:
-        out = epilogue.run_steps(spec.epilogue, out, operands).astype(q.dtype)
-    return out, lse
+    late = {operand.name: operands[operand.name] for operand in spec.epilogue_operands}
+    return _attend(plan, interpret, q, k, v, trained, fixed, late)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: BlockPlan, interpret, q, k, v, trained: Arrays, fixed: Arrays):
-    return _attend_fwd(plan, interpret, q, k, v, trained, fixed)[0]
+def _attend(plan: BlockPlan, interpret, q, k, v, trained, fixed, late):
+    found, _ = _forward(plan, interpret, (q, k, v), {**trained, **fixed}, late)
+    return found["out"], found.get("lse")
 
 
-def _attend_fwd(plan: BlockPlan, interpret, q, k, v, trained, fixed):
+def _attend_fwd(plan: BlockPlan, interpret, q, k, v, trained, fixed, late):
     operands = {**trained, **fixed}
+    keep_core = bool(plan.request.spec.epilogue)
+    found, kinds = _forward(
+        plan, interpret, (q, k, v), operands, late, keep_core=keep_core
+    )
+    out, lse = found["out"], found.get("lse")
+    # A constant is made again: a residual would be an array of its own.
+    kinds = kinds if isinstance(kinds, jax.Array) else None
+    core = found.get("core", out)
+    return (out, lse), (q, k, v, trained, fixed, late, core, lse, kinds)
+
+
+def _forward(plan: BlockPlan, interpret, qkv, operands, late, *, keep_core=False):
+    """What the kernel gives, in the caller's layout, and the kinds of tiles."""
     kinds = steps.tile_kinds(plan, operands)
     walk = Walk(plan, steps.list_steps(kinds), interpret=interpret)
-    arranged = layout.arrange_operands(plan, operands)
-    out, lse = forward(walk, *_heads(plan, q, k, v), arranged, plan.request.core_dtype)
-    out = tiles.heads_first(out)[:, : plan.request.q_len]
-    if lse is not None:
-        lse = jnp.swapaxes(lse[:, :, 0, : plan.request.q_len], 1, 2)
-    # A constant is made again: a residual would be an array of its own.
-    found = kinds if isinstance(kinds, jax.Array) else None
-    return (out, lse), (q, k, v, trained, fixed, out, lse, found)
+    inputs = dict(zip("qkv", _heads(plan, *qkv), strict=True))
+    inputs["operands"] = layout.arrange_operands(plan, operands)
+    inputs["late"] = finish.arrange(plan, late)
+    found = forward(walk, inputs, qkv[0].dtype, keep_core=keep_core)
+    length = plan.request.q_len
+    joined = {
+        name: tiles.heads_first(x)[:, :length]
+        for name, x in found.items()
+        if name != "lse"
+    }
+    if "lse" in found:
+        joined["lse"] = jnp.swapaxes(found["lse"][:, :, 0, :length], 1, 2)
+    return joined, kinds
 
 
 def _heads(plan: BlockPlan, q, k, v):
@@ -63,27 +80,26 @@ def _heads(plan: BlockPlan, q, k, v):
 
 
 def _attend_bwd(plan: BlockPlan, interpret, residuals, cotangents):
-    q, k, v, trained, fixed, out, lse, kinds = residuals
+    q, k, v, trained, fixed, late, core, lse, kinds = residuals
     operands = {**trained, **fixed}
     kinds = steps.tile_kinds(plan, operands) if kinds is None else kinds
     inputs = dict(zip("qkv", _heads(plan, q, k, v), strict=True))
+    d_out, d_late = _through_epilogue(plan, core, late, cotangents[0])
+    # Rounded once: what is subtracted from its products must be made of the same.
+    d_out = d_out.astype(inputs["q"].dtype)
+    stats, grads = _row_statistics(plan, operands, core, lse, (d_out, cotangents[1]))
     q_len = plan.num_q * plan.block_q
-    d_out = cotangents[0].astype(inputs["q"].dtype)
     inputs["d_out"] = layout.blocked_heads(d_out, q_len)
-    stats, grads = _row_statistics(plan, operands, out, lse, cotangents)
     inputs |= {name: layout.row_vectors(x, q_len) for name, x in stats.items()}
     inputs["operands"] = layout.arrange_operands(plan, operands)
 
     walk = Walk(plan, steps.list_steps(kinds), interpret=interpret)
-    dq, rows = backward.query_gradients(walk, inputs)
     turned = dataclasses.replace(
         walk, words=steps.list_steps(kinds.swapaxes(1, 2)), over="keys"
     )
+    dq, rows = backward.query_gradients(walk, inputs)
     dk, dv, columns = backward.key_gradients(turned, inputs)
-    grads |= {name: _join(plan, name, x, operands) for name, x in rows.items()}
-    for name, x in columns.items():
-        b, heads, group, one, s = x.shape
-        x = x.reshape(b, heads * group, one, s)
+    for name, x in (rows | columns).items():
         grads[name] = _join(plan, name, x, operands)
     for name in backward.trained_names(plan, "tile"):
         grads[name] = _tile_gradient(walk, kinds, inputs, name, operands)
@@ -93,17 +109,30 @@ def _attend_bwd(plan: BlockPlan, interpret, residuals, cotangents):
         for x, length, like in zip((dq, dk, dv), lengths, (q, k, v), strict=True)
     )
     d_trained = {name: grads[name].astype(x.dtype) for name, x in trained.items()}
-    return (*joined, d_trained, None)
+    return (*joined, d_trained, None, d_late)
 
 
-def _row_statistics(plan: BlockPlan, operands, out, lse, cotangents):
+def _through_epilogue(plan: BlockPlan, core, late: Arrays, d_out):
+    """Cotangents of the rows before the epilogue, float32, and of its operands."""
+    steps_after = plan.request.spec.epilogue
+    if not steps_after:
+        return d_out, {}
+
+    def after(core, late):
+        return epilogue.run_steps(steps_after, core, late)
+
+    _, pull = jax.vjp(after, core.astype(jnp.float32), late)
+    return pull(d_out.astype(jnp.float32))
+
+
+def _row_statistics(plan: BlockPlan, operands, core, lse, cotangents):
     """Per row [B, T, H] the shift of its scores and the cotangent of its log-sum; and
     the gradient of the weight map's own operand."""
     request = plan.request
     if not request.spec.weight_map.needs_sum:
         return {}, {}
     d_out, d_lse = (x.astype(jnp.float32) for x in cotangents)
-    d_sum = d_lse - jnp.sum(d_out * out.astype(jnp.float32), axis=-1)
+    d_sum = d_lse - jnp.sum(d_out * core.astype(jnp.float32), axis=-1)
     columns = (jnp.swapaxes(x, 1, 2)[..., None] for x in (lse, d_sum))
     grads = tile_math.sink_gradient(request.spec, operands, *columns)
     # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
@@ -112,8 +141,9 @@ def _row_statistics(plan: BlockPlan, operands, out, lse, cotangents):
 
 
 def _join(plan: BlockPlan, name: str, x: jax.Array, operands: Arrays) -> jax.Array:
-    """[B, H, 1, T or S], summed over rows and heads that share a value, as the
-    operand's own shape."""
+    """[B, H, 1, T] or [B, K, G, 1, S], summed over rows and heads that share a value,
+    in the operand's own shape."""
+    x = x.reshape(x.shape[0], -1, 1, x.shape[-1])
     operand = tiles.declarations(plan.request.spec)[name]
     shape = operands[name].shape
     sizes = dict(zip(operand.axes, shape, strict=True))

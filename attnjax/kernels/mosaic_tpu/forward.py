@@ -6,18 +6,15 @@
 The output is normalised and the log-sum written when a row of steps ends.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from attnjax.kernels import tile_math
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.mosaic_tpu import layout
+from attnjax.kernels.mosaic_tpu import finish, layout
 from attnjax.kernels.mosaic_tpu.call import Walk, call
 
-Arrays = Mapping[str, jax.Array]
 # Contractions of 2-D blocks: over both last axes, and of an ordinary product.
 LAST_AXES, PRODUCT = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
 
@@ -34,37 +31,40 @@ def dot(x: jax.Array, y: jax.Array, dims) -> jax.Array:
     )
 
 
-def forward(walk: Walk, q, k, v, arranged: Arrays, out_dtype):
-    """Output [B, H, T, E] and log-sum [B, H, 1, T] (None if nothing is summed), padded.
+def forward(walk: Walk, inputs, out_dtype, *, keep_core: bool):
+    """By name, padded: "out" [B, H, T, E]; "lse" [B, H, 1, T] where something is
+    summed; "core", the output before the epilogue, where it is to be kept.
 
     Args:
-        q, k, v: [B, H, T, D], [B, K, S, D], [B, K, S, E], padded, of one dtype.
-        arranged: operands as `layout.arrange_operands` gives them.
+        inputs: q [B, H, T, D], k [B, K, S, D] and v [B, K, S, E], padded, of one
+            dtype; "operands" as `layout.arrange_operands` gives them and "late" as
+            `finish.arrange` does.
     """
     plan, request = walk.plan, walk.plan.request
     weight_map = request.spec.weight_map
     d, e = request.head_dim, request.value_dim
-    b, h, t, _ = q.shape
+    b, h, t, _ = inputs["q"].shape
     outputs = {"out": jax.ShapeDtypeStruct((b, h, t, e), out_dtype)}
     out_specs = {"out": walk.spec((plan.block_q, e), "q")}
     scratch = {"acc": (plan.block_q, e)}
+    if keep_core:
+        outputs["core"], out_specs["core"] = outputs["out"], out_specs["out"]
     if weight_map.needs_sum:
         outputs["lse"] = jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32)
         out_specs["lse"] = walk.spec((1, plan.block_q), "t")
         scratch["total"] = (plan.block_q, 1)
     if weight_map.needs_max:
         scratch["top"] = (plan.block_q, 1)
-    inputs = {"q": q, "k": k, "v": v, "operands": dict(arranged)}
     in_specs = {
         "q": walk.spec((plan.block_q, d), "q"),
         "k": walk.spec((plan.block_k, d), "k"),
         "v": walk.spec((plan.block_k, e), "k"),
-        "operands": walk.operand_specs(arranged),
+        "operands": walk.operand_specs(inputs["operands"]),
+        "late": finish.specs(walk, inputs["late"]),
     }
-    found = call(
+    return call(
         walk, _forward, inputs, in_specs, outputs, out_specs, scratch, features=d + e
     )
-    return found["out"], found.get("lse")
 
 
 def _forward(walk: Walk, words_ref, refs, outputs, scratch) -> None:
@@ -117,4 +117,7 @@ def _finish(plan: BlockPlan, place, refs, outputs, scratch) -> None:
         factor, lse = tile_math.row_results(shift, scratch["total"][...], sink)
         acc = acc * factor
         outputs["lse"][...] = layout.turn(lse)
-    outputs["out"][...] = acc.astype(outputs["out"].dtype)
+    if "core" in outputs:
+        outputs["core"][...] = acc.astype(outputs["core"].dtype)
+    rows = finish.apply(plan, acc, refs["late"], place)
+    outputs["out"][...] = rows.astype(outputs["out"].dtype)

@@ -148,7 +148,7 @@ def read_tile(plan: BlockPlan, refs: Mapping, place: Place, *, swapped: bool) ->
     known = tiles.declarations(plan.request.spec)
     values = {}
     for name, ref in refs.items():
-        value = _read(forms[name], ref, place, swapped)
+        value = read(forms[name], ref, place, swapped=swapped)
         values[name] = value != 0 if known[name].kind == "bool" else value
     queries, keys = _numbers(plan, place, swapped)
     return Tile(
@@ -160,7 +160,7 @@ def read_tile(plan: BlockPlan, refs: Mapping, place: Place, *, swapped: bool) ->
     )
 
 
-def _read(form: str, ref, place: Place, swapped: bool) -> jax.Array:
+def read(form: str, ref, place: Place, *, swapped: bool) -> jax.Array:
     """An operand's block, laid out to broadcast against a tile."""
     if form == "scalar":
         b = place.b if ref.shape[0] > 1 else 0
