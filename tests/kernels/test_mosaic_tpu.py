@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, Target, mosaic_tpu, reference
+from attnjax.kernels.compat import vary_together
 
 B, T, H, K, D, E = 2, 19, 4, 2, 5, 3
 TPU = Target("tpu", "TPU v5 lite")
@@ -227,6 +229,36 @@ def test_vmap_over_seeds_and_over_segments():
     got = jax.jit(jax.vmap(functools.partial(one, run)))(many, packs)
     wanted = [one(reference.run, *x) for x in zip(many, packs, strict=True)]
     agree(got, jax.tree.map(lambda *x: jnp.stack(x), *wanted))
+
+
+def test_shard_map_sums_the_gradients_of_what_is_shared():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k, v, pool, _ = arrays(1, heads=1)
+    spec = AttentionSpec(mask=PACKED, score=kernels.ALiBi())
+    cuts = (P("data"),) * 3 + (P(), P("data"))
+
+    def attend_shard(form, q, k, v, slopes, ids):
+        varying = vary_together((q, k, v, slopes, ids))
+        names = ("alibi_slopes", "q_segment_ids", "k_segment_ids")
+        operands = dict(zip(names, (*varying[3:], varying[4]), strict=True))
+        return attend(form, *varying[:3], spec, operands)
+
+    def total(form, *given):
+        run_shard = jax.shard_map(
+            functools.partial(attend_shard, form),
+            mesh=mesh,
+            in_specs=cuts,
+            out_specs=P("data"),
+        )
+        return jnp.sum(jnp.sin(run_shard(*given)))
+
+    given = (q, k, v, pool["alibi_slopes"], pool["q_segment_ids"])
+    forms = (functools.partial(run, interpret=pltpu.InterpretParams()), reference.run)
+    got, wanted = (
+        jax.jit(jax.grad(functools.partial(total, form), (0, 1, 2, 3)))(*given)
+        for form in forms
+    )
+    agree(got, wanted)
 
 
 def test_scan_and_checkpoint():

@@ -121,20 +121,27 @@ def test_lists_of_whole_blocks_need_no_look_up():
     assert not blocks.masks_inside(plan)
 
 
-def test_inside_shard_map_a_mesh_is_no_obstacle():
+@pytest.mark.parametrize("name", ["known tiles", "tiles found on the device"])
+def test_inside_shard_map_a_mesh_is_no_obstacle(name):
     several = dataclasses.replace(TPU, num_devices=4)
     mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    spec = dataclasses.replace(PACKED, score=kernels.ALiBi())
+    spec = CAUSAL if name == "known tiles" else spec
 
-    def run(q, k, v):
-        return kernels.attention(q, k, v, CAUSAL, target=several)
+    def run(q, k, v, slopes, ids):
+        operands = {"q_segment_ids": ids, "k_segment_ids": ids, "alibi_slopes": slopes}
+        operands = {o.name: operands[o.name] for o in spec.operands}
+        return kernels.attention(q, k, v, spec, operands, target=several)
 
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    cuts = (P("data"),) * 3 + (P(), P("data"))
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=cuts, out_specs=P("data"))
 
-    def total(q, k, v):
-        return sharded(q, k, v).astype(jnp.float32).sum()
+    def total(q, k, v, slopes, ids):
+        return sharded(q, k, v, slopes, ids).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*shapes(b=4))
-    assert str(traced.jaxpr).count("pallas_call") == 3
+    arrays = (*shapes(b=4), jax.ShapeDtypeStruct((4,), jnp.float32))
+    arrays = (*arrays, jax.ShapeDtypeStruct((4, 48), jnp.int32))
+    traced = jax.jit(jax.grad(total, (0, 1, 2, 3))).trace(*arrays)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("custom_call @tpu_custom_call") == 3
 
