@@ -3,7 +3,7 @@
 import dataclasses
 
 from attnjax.core.cli import run_main
-from attnjax.core.errors import EXIT_OK, UserError
+from attnjax.core.errors import EXIT_OK
 from attnjax.core.flags import parse_command_line
 
 
@@ -42,11 +42,6 @@ def main(argv: list[str]) -> int:
     if flags.dry_run:
         print("\n".join(forecast.lines(study)))
         return EXIT_OK
-    if flags.launcher == "slurm" and any(one.vectorize for one in study.points):
-        raise UserError(
-            "--launcher: slurm runs each point in a job of its own, so it cannot "
-            "vectorize; got points with vectorize. Use local or print, or drop it."
-        )
     study.write()
     options = launchers.Options(flags.jobs, flags.retries, flags.slurm)
     return launch(study, options)

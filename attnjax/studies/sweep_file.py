@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from attnjax.studies import groups, ledger, worker
 from attnjax.studies.places import FOLDERS, STUDY, config_path, run_directory
 from attnjax.studies.points import Point, find_config
 from attnjax.studies.table import Table
-from attnjax.training import disk, experiment
+from attnjax.training import disk, experiment, members
 
 OWNER = "--sweep"
 FORMAT = 1
@@ -51,6 +51,14 @@ class Planned:
 
 
 @dataclasses.dataclass(frozen=True)
+class Element:
+    """Points that one process runs, and the words that start it."""
+
+    points: tuple[Planned, ...]
+    command: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """The points and the table of one sweep file, and the directory they live in."""
 
@@ -74,6 +82,34 @@ class Study:
             how = point.vectorize
             return groups.command(self.workdir, point.hash, vectorize=how)
         return worker.command(self.workdir, point.hash)
+
+    def elements(self, points: Sequence[Planned]) -> list[Element]:
+        """Points as the processes that run them: those to be trained together in one.
+
+        What is not in `points` is not run, so the elements do not meet.
+        """
+        found: list[list[Planned]] = []
+        rooms: dict[tuple, list[Planned]] = {}
+        for point in points:
+            if point.vectorize:
+                kind = (members.common(point.config), point.vectorize)
+                room = rooms.get(kind)
+                if room is not None and len(room) < groups.LARGEST:
+                    room.append(point)
+                    continue
+                rooms[kind] = room = [point]
+                found.append(room)
+            else:
+                found.append([point])
+        return [Element(tuple(some), self._together(some)) for some in found]
+
+    def _together(self, points: Sequence[Planned]) -> list[str]:
+        first, *rest = points
+        if not rest:
+            return worker.command(self.workdir, first.hash)
+        others = [one.hash for one in rest]
+        how = first.vectorize
+        return groups.command(self.workdir, first.hash, vectorize=how, beside=others)
 
     def write(self) -> None:
         """Put the points' configs and sweep.json into the directory.
@@ -109,6 +145,7 @@ class Study:
                     "config": one.source,
                     "overrides": dict(one.overrides),
                     "labels": dict(one.labels),
+                    **({"vectorize": one.vectorize} if one.vectorize else {}),
                 }
                 for one in self.points
             ],

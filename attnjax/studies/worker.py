@@ -90,6 +90,20 @@ def _train(workdir: Path, point_hash: str, signals: StopSignal) -> int:
 
 def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:
     """What trains the point; the imports take seconds."""
+    config = config_of(workdir, point_hash)
+    from attnjax.decoding.run import sample_text
+    from attnjax.training.run import train
+
+    run = run_directory(workdir, point_hash)
+    return partial(train, config, run, sample=sample_text)
+
+
+def config_of(workdir: Path, point_hash: str) -> dict:
+    """The resolved config of a point.
+
+    Raises:
+        UserError: the sweep has no such point, or the file is damaged or changed.
+    """
     path = config_path(workdir, point_hash)
     if not path.is_file():
         raise UserError(
@@ -98,9 +112,7 @@ def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:
         )
     cure = "Delete it; run the sweep again."
     config = disk.read_json(path, owner="sweep", cure=cure)
-    from attnjax.decoding.run import sample_text
     from attnjax.training.experiment import IDENTITY_EXCLUDES
-    from attnjax.training.run import train
 
     digest = mappings.digest(config, exclude=IDENTITY_EXCLUDES)
     if not digest.startswith(point_hash):
@@ -108,9 +120,7 @@ def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:
             f"sweep: {str(path)!r} is not the config of the point {point_hash!r}: it "
             f"was changed. {cure}"
         )
-
-    run = run_directory(workdir, point_hash)
-    return partial(train, config, run, sample=sample_text)
+    return config
 
 
 def _told(train: Callable[[], int]) -> tuple[int, str | None]:
@@ -124,21 +134,29 @@ def _told(train: Callable[[], int]) -> tuple[int, str | None]:
         return code, " ".join(text.split())
 
 
-def _end(workdir: Path, state: ledger.State, code: int, error: str | None) -> int:
-    """Write how the attempt ended; its exit code."""
+def ended(
+    workdir: Path, state: ledger.State, code: int, error: str | None
+) -> ledger.State:
+    """The state of an attempt that ended with this exit code."""
     if code == EXIT_OK and not ledger.is_done(run_directory(workdir, state.hash)):
         code, error = EXIT_FAULT, "the training ended without a summary"
     word = {EXIT_OK: "done", EXIT_SAVED: "pending"}.get(code, "failed")
-    ended = dataclasses.replace(
-        state, state=word, ended=provenance.now(), exit_code=code, error=error
+    now = provenance.now()
+    return dataclasses.replace(
+        state, state=word, ended=now, exit_code=code, error=error
     )
+
+
+def _end(workdir: Path, state: ledger.State, code: int, error: str | None) -> int:
+    """Write how the attempt ended; its exit code."""
+    new = ended(workdir, state, code, error)
     try:
-        ledger.write(workdir, ended)
+        ledger.write(workdir, new)
     except UserError as unwritten:
         if error is None:
             print(f"error: {unwritten}", file=sys.stderr, flush=True)
-        return code or EXIT_USER
-    return code
+        return new.exit_code or EXIT_USER
+    return new.exit_code
 
 
 if __name__ == "__main__":

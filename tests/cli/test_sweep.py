@@ -152,11 +152,6 @@ MISTAKES = {
         ["--launcher", "slrum"],
         r"--launcher: unknown launcher 'slrum'\. Did you mean slurm",
     ),
-    "points together on slurm": (
-        SWEEP.replace("{seeds})", "{seeds}, vectorize=True)"),
-        ["--launcher", "slurm"],
-        r"--launcher: slurm runs each point in a job of its own",
-    ),
     "no jobs": (SWEEP, ["--jobs", "0"], r"--jobs: must be at least 1; got 0"),
 }
 

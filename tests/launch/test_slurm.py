@@ -58,7 +58,7 @@ SWEEP = """
 from attnjax.studies import point, seeds
 
 def sweep():
-    return seeds(point({config!r}, {options!r}), {count})
+    return seeds(point({config!r}, {options!r}), {count}{more})
 """
 
 
@@ -159,7 +159,8 @@ def launch_sweep(cluster, bench, name, *, count, settings, jobs=2, **more):
         **more.get("options", {}),
     }
     config = str(bench.code / "configs" / "quickstart.py")
-    text = SWEEP.format(config=config, options=options, count=count)
+    how = ", vectorize=True" if more.get("together") else ""
+    text = SWEEP.format(config=config, options=options, count=count, more=how)
     (bench.folder / f"{name}.py").write_text(text)
     (bench.folder / f"{name}.json").write_text(json.dumps(settings))
     return cluster.run(
@@ -266,6 +267,50 @@ def test_array_runs_two_at_a_time_and_requeues_one_alone(cluster, bench):
     assert attempts == {name: 2 if name == signalled else 1 for name in jobs}
     restarts = {name: cluster.show(job)["Restarts"] for name, job in jobs.items()}
     assert restarts == {name: "1" if name == signalled else "0" for name in jobs}
+
+
+def test_preempted_job_saves_and_goes_on_when_there_is_room(
+    cluster, bench, undisturbed
+):
+    low = ["--partition=spot", "--cpus-per-task=4"]
+    job = submit(cluster, bench, "preempted", sbatch=low, environment=PACED)
+    cluster.wait("steps", lambda: step(bench, "preempted") >= 5)
+    # Beside four of the node's eight cores there is no room for five.
+    high = ["--partition=high", "--cpus-per-task=5", "--output=/dev/null"]
+    urgent = cluster.submit(*high, "--wrap=sleep 1")
+    cluster.wait_for_state(urgent, "COMPLETED")
+    saved = tiny_run.newest_checkpoint(bench.folder / "preempted")
+    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    said = output(bench, job)
+    assert cluster.state(job) == "COMPLETED", said
+    assert cluster.show(job)["Restarts"] == "1"
+    assert "SIGTERM received" in said and "saved; requeueing" not in said
+    assert saved >= 5 and "resuming from step" in said
+    assert tiny_run.differences(undisturbed, bench.folder / "preempted") == []
+
+
+def test_points_that_train_together_are_one_element(cluster, bench):
+    folder = bench.folder / "together"
+    said = launch_sweep(
+        cluster,
+        bench,
+        "together",
+        count=2,
+        settings={"form": "sbatch", "time": 10, "signal_seconds": 30},
+        options={"train.steps": 400},
+        together=True,
+    )
+    assert "submitted 2 of 2 points" in said and "(1 processes), 1 at a time" in said
+    (job,) = set(elements(folder).values())
+    first = min(elements(folder), key=list(elements(folder)).index)
+    cluster.wait("steps", lambda: tiny_run.last_step(folder / "points" / first) > 3)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait("two points", lambda: all_done(folder, 2))
+    assert {state["attempt"] for state in states(folder).values()} == {2}
+    cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    assert cluster.show(job)["Restarts"] == "1"
+    (log,) = folder.glob("logs/*.slurm.log")
+    assert "resuming 2 runs from step" in log.read_text()
 
 
 def test_time_limit_saves_requeues_and_finishes_the_same(

@@ -1,20 +1,24 @@
 """What the slurm launcher writes, and its mistakes, without a SLURM."""
 
+import dataclasses
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from attnjax.core.errors import EXIT_OK, UserError
-from attnjax.studies.launchers import Options, slurm
+from attnjax.studies.launchers import Options, printed, slurm
 from attnjax.studies.sweep_file import Planned, Study
+from attnjax.training import experiment, members
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "launch" / "slurm").glob("*.sbatch"))
 FAKES = {
@@ -122,7 +126,9 @@ def run_rendered(tmp_path, codes, *, restarts="0", retries=1):
     for path in folder.iterdir():
         path.chmod(0o755)
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
-    (tmp_path / "points.txt").write_text("aaa\nbbb\n")
+    (tmp_path / "points.txt").write_text(
+        "aaa one --hash aaa\nbbb two 'a b' --hash bbb\n"
+    )
     text = slurm.render(
         tmp_path,
         tmp_path / "points.txt",
@@ -146,7 +152,10 @@ def run_rendered(tmp_path, codes, *, restarts="0", retries=1):
 
 def test_element_runs_its_own_point(tmp_path):
     code, calls, requeued = run_rendered(tmp_path, [0])
-    assert code == 0 and len(calls) == 1 and calls[0].endswith("--hash bbb")
+    assert (
+        code == 0 and len(calls) == 1 and calls[0].endswith("exec two 'a b' --hash bbb")
+    )
+    assert f"--output={tmp_path}/logs/bbb.slurm.log" in calls[0]
     assert requeued == ""
 
 
@@ -176,13 +185,18 @@ def test_point_that_runs_elsewhere_is_no_failure(tmp_path):
 
 @pytest.mark.parametrize(
     ("index", "code", "said"),
-    [(0, 0, "begun\n"), (1, 75, "saved; requeueing 9_1.\nrequeue 9_1\n"), (2, 2, "")],
+    [
+        (0, 0, "begun\n"),
+        (1, 75, "saved; requeueing 9_1.\nrequeue 9_1\n"),
+        (2, 0, ""),
+        (3, 2, ""),
+    ],
 )
 def test_array_script_runs_the_line_of_its_element(tmp_path, index, code, said):
     for name, body in {"srun": '"$@"', "scontrol": 'echo "$@"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    lines = "echo begun  # seed=0\nsh -c 'exit 75'  # seed=1\n"
+    lines = "echo begun  # seed=0\nsh -c 'exit 75'  # seed=1\nsh -c 'exit 76'\n"
     (tmp_path / "points.txt").write_text(lines)
     array = next(path for path in SCRIPTS if path.name == "sweep_array.sbatch")
     done = subprocess.run(
@@ -196,7 +210,7 @@ def test_array_script_runs_the_line_of_its_element(tmp_path, index, code, said):
         text=True,
     )
     assert (done.returncode, done.stdout) == (code, said)
-    assert ("has no line 3" in done.stderr) == (code == 2)
+    assert ("has no line 4" in done.stderr) == (code == 2)
 
 
 def test_launch_submits_what_is_left_and_remembers_it(study, programs, capsys):
@@ -211,6 +225,70 @@ def test_launch_submits_what_is_left_and_remembers_it(study, programs, capsys):
     said = capsys.readouterr().out
     assert "1 points are in the queue already" in said
     assert "submitted 2 of 3 points" in said
+
+
+@pytest.fixture
+def together(study):
+    """Twenty points of one group, one of another, and one for itself."""
+    base = study.points[0].config
+    alone = experiment.resolve({"train": {"steps": 1}})
+
+    def point(number, config, vectorize):
+        labels = {"seed": number}
+        return Planned(f"{number:016x}", labels, "c.py", {}, config, vectorize)
+
+    def seeded(number, **model):
+        given = {"train": {"steps": 1, "seed": number}, "model": model}
+        return experiment.resolve(given)
+
+    points = [point(number, seeded(number), True) for number in range(20)]
+    points += [point(30, seeded(30, num_layers=1), True), point(40, base, False)]
+    assert members.common(alone) == members.common(points[3].config)
+    return dataclasses.replace(study, points=tuple(points))
+
+
+def test_points_that_train_together_share_an_element(together, programs, capsys):
+    settings = write_settings(together.workdir, {"form": "sbatch"})
+    options = Options(jobs=9, slurm=str(settings))
+    assert slurm.launch(together, options) == EXIT_OK
+    said = capsys.readouterr().out
+    assert "submitted 22 of 22 points as job 41 (4 processes), 4 at a time" in said
+    (lines,) = together.workdir.glob("slurm/array-*.txt")
+    words = [shlex.split(line) for line in lines.read_text().splitlines()]
+    hashes = [point.hash for point in together.points]
+    assert [line[0] for line in words] == [hashes[i] for i in (0, 16, 20, 21)]
+    assert words[0][-2:] == ["--beside", ",".join(hashes[1:16])]
+    assert words[1][-2:] == ["--beside", ",".join(hashes[17:20])]
+    assert words[2][3:] == words[3][3:-1] + [hashes[20]]
+    assert "attnjax.studies.worker" in words[3]
+    printed.launch(together, options)
+    lines = capsys.readouterr().out.splitlines()
+    assert [shlex.split(line, comments=True) for line in lines] == [
+        line[1:] for line in words
+    ]
+    # The queue holds the first element, so its sixteen points.
+    assert slurm.launch(together, options) == EXIT_OK
+    said = capsys.readouterr().out
+    assert "16 points are in the queue already" in said
+    assert "submitted 6 of 22 points" in said
+
+
+@pytest.mark.filterwarnings("ignore:No submission happened")
+def test_submitit_calls_an_element_for_its_points(together, programs, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    seen = []
+
+    def submit(self, call):
+        seen.append(call)
+        return SimpleNamespace(job_id=f"41_{len(seen) - 1}")
+
+    monkeypatch.setattr(submitit.SlurmExecutor, "submit", submit)
+    assert slurm.launch(together, Options()) == EXIT_OK
+    assert [call.command for call in seen] == [
+        element.command for element in together.elements(together.points)
+    ]
+    submitted = json.loads((together.workdir / "slurm/submitted.json").read_text())
+    assert sorted(submitted.values()).count("41_0") == 16
 
 
 def test_refused_array_is_one_line_with_the_words_of_sbatch(study, programs):
@@ -282,7 +360,7 @@ def test_wrong_option_is_refused(study, options, message):
 
 def element(tmp_path, code, *, retries=0):
     command = [sys.executable, "-c", code]
-    return slurm.Element(command, tmp_path / "log", retries)
+    return slurm.Call(command, tmp_path / "log", retries)
 
 
 def test_element_gives_the_exit_code_of_a_point_that_saved(tmp_path):

@@ -58,7 +58,7 @@ def sweep():
         {{"model.layers": {mixers}, "optim.learning_rate": rates}},
         names={{"model.layers": "mixer"}},
     )
-    return seeds(rows, {seeds})
+    return seeds(rows, {seeds}{more})
 
 
 def table():
@@ -124,9 +124,25 @@ class Result:
 
 
 class Lab:
-    """The sweep file, the code it runs and its two work directories."""
+    """The sweep file, the code it runs and its two work directories.
 
-    def __init__(self, folder: Path, *, points: int, jobs: int):
+    Args:
+        folder: an empty one.
+        points: of the sweep.
+        jobs: workers at one time.
+        together: whether one program trains the seeds of a mixer and rate.
+        mixers: rows of the table.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        points: int,
+        jobs: int,
+        together: bool = False,
+        mixers: tuple[str, ...] = MIXERS,
+    ):
         self.folder, self.jobs = Path(folder).absolute(), jobs
         tiny_run.write_corpus(self.folder / "corpus")
         shutil.rmtree(self.folder / "code", ignore_errors=True)
@@ -136,14 +152,17 @@ class Lab:
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         seeds = 5 if points % 10 == 0 else 3
-        rates = points // len(MIXERS) // seeds
-        if rates * len(MIXERS) * seeds != points:
-            raise ValueError(f"points: must be a multiple of 6 or 10; got {points}.")
+        rates, least = points // len(mixers) // seeds, 3 * len(mixers)
+        if rates * len(mixers) * seeds != points:
+            raise ValueError(
+                f"points: must be a multiple of {least} or 10; got {points}."
+            )
         config = CONFIG.format(folder=self.folder, steps=STEPS)
         (self.folder / "config.py").write_text(config)
         self.file = self.folder / "sweep.py"
+        more = ", vectorize=True" if together else ""
         self.file.write_text(
-            SWEEP.format(rates=rates, seeds=seeds, mixers=list(MIXERS))
+            SWEEP.format(rates=rates, seeds=seeds, mixers=list(mixers), more=more)
         )
         (self.folder / "hooks").mkdir(exist_ok=True)
         (self.folder / "marks").mkdir(exist_ok=True)

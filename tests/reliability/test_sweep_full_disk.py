@@ -12,10 +12,10 @@ from attnjax.studies import ledger
 pytestmark = pytest.mark.reliability
 
 
-@pytest.fixture
-def lab(tmp_path):
+@pytest.fixture(params=[False, True], ids=["alone", "together"])
+def lab(tmp_path, request):
     """A sweep whose work directory "small" is a file system of eight megabytes."""
-    made = sweep_matrix.Lab(tmp_path, points=6, jobs=1)
+    made = sweep_matrix.Lab(tmp_path, points=6, jobs=1, together=request.param)
     place = tmp_path / "small"
     place.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]

@@ -1,4 +1,4 @@
-"""The `print` launcher: the command of every point that is left, for another tool."""
+"""The `print` launcher: the commands of what is left, for another tool."""
 
 import shlex
 
@@ -9,12 +9,16 @@ from attnjax.studies.sweep_file import Study
 
 
 def launch(study: Study, options: Options) -> int:
-    """Print one shell line a point that is neither done nor running."""
-    for point in study.points:
-        state = ledger.current(study.workdir, point.hash)
-        if state.state in ("done", "running"):
-            continue
-        words = study.command(point)
-        note = " ".join(f"{point.name}".split())
-        print(f"{shlex.join(words)}  # {note}")
+    """Print one shell line for each point that is neither done nor running.
+
+    Points to be trained together share a line.
+    """
+    left = [
+        point
+        for point in study.points
+        if ledger.current(study.workdir, point.hash).state not in ("done", "running")
+    ]
+    for element in study.elements(left):
+        note = "; ".join(" ".join(point.name.split()) for point in element.points)
+        print(f"{shlex.join(element.command)}  # {note}")
     return EXIT_OK

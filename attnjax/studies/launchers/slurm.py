@@ -2,8 +2,9 @@
 
 Two forms, one meaning: through submitit (which pickles a call into the study's
 directory), or as a plain sbatch script, for sites that forbid pickles. Each element
-runs one worker. Before its time limit, or when preempted, the worker saves, and the
-element goes back into the queue and on from there.
+runs one worker, with one point or with those that one program trains together. Before
+its time limit, or when preempted, the worker saves, and the element goes back into the
+queue and on from there.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from attnjax.core import schema
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED, EXIT_USER, UserError
 from attnjax.studies import ledger, worker
 from attnjax.studies.launchers import Options
-from attnjax.studies.sweep_file import Planned, Study
+from attnjax.studies.sweep_file import Element, Study
 from attnjax.training import disk
 
 FOLDER = "slurm"
@@ -103,12 +104,19 @@ def launch(study: Study, options: Options) -> int:
         print("nothing to submit.")
         return EXIT_OK
     submit = _SUBMITTERS[settings.form]
-    jobs = submit(study.workdir, left, settings, options)
+    elements = study.elements(left)
+    ids = submit(study.workdir, elements, settings, options)
+    jobs = {
+        point.hash: one
+        for one, element in zip(ids, elements, strict=True)
+        for point in element.points
+    }
     _write_submitted(study.workdir, {**known, **jobs})
-    array = next(iter(jobs.values())).partition("_")[0]
+    array, count = ids[0].partition("_")[0], len(elements)
+    grouped = f" ({count} processes)" if count < len(left) else ""
     print(
-        f"submitted {len(left)} of {len(study.points)} points as job {array}, "
-        f"{min(options.jobs, len(left))} at a time. Watch: squeue -j {array}; logs: "
+        f"submitted {len(left)} of {len(study.points)} points as job {array}{grouped}, "
+        f"{min(options.jobs, count)} at a time. Watch: squeue -j {array}; logs: "
         f"{study.workdir / 'logs'}. The same command submits what is left."
     )
     return EXIT_OK
@@ -175,17 +183,25 @@ def _write_submitted(workdir: Path, jobs: dict[str, str]) -> None:
         disk.write_json(workdir / FOLDER / _SUBMITTED, jobs)
 
 
-def _log(workdir: Path, point_hash: str) -> Path:
-    return workdir / "logs" / f"{point_hash}.slurm.log"
+def _name(element: Element) -> str:
+    """What its log is called."""
+    return element.points[0].hash
+
+
+def _log(workdir: Path, element: Element) -> Path:
+    return workdir / "logs" / f"{_name(element)}.slurm.log"
 
 
 # The plain form.
 
 
 def render(
-    workdir: Path, hashes_file: Path, count: int, settings: Settings, options: Options
+    workdir: Path, lines_file: Path, count: int, settings: Settings, options: Options
 ) -> str:
-    """The text of the sbatch script whose element i runs line i of `hashes_file`."""
+    """The text of the sbatch script whose element i runs line i of `lines_file`.
+
+    A line is a name for the log, a space and a shell command.
+    """
     flags = {
         "job-name": "attnjax-sweep",
         "array": f"0-{count - 1}%{options.jobs}",
@@ -205,14 +221,12 @@ def render(
         **settings.sbatch,
     }
     lines = [_flag(name, value) for name, value in flags.items() if value is not None]
-    command = shlex.join(worker.command(workdir, "HASH")[:-1])
     logs = shlex.quote(str(workdir / "logs"))
     body = _BODY.format(
         setup="\n".join(settings.setup),
-        hashes=shlex.quote(str(hashes_file)),
+        lines=shlex.quote(str(lines_file)),
         retries=options.retries,
-        log=f'{logs}/"$hash.slurm.log"',
-        command=command,
+        log=f'{logs}/"${{line%% *}}.slurm.log"',
         max_requeues=settings.max_requeues,
     )
     return "\n".join(["#!/bin/bash", *lines, body])
@@ -225,7 +239,7 @@ def _flag(name: str, value: Any) -> str:
 _BODY = """\
 set -u
 {setup}
-hash="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {hashes})"
+line="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {lines})"
 
 # Who stops the whole job (scancel, preemption) tells this shell too; the signal before
 # the time limit reaches the worker alone. A handler, so that srun gets signals too.
@@ -234,7 +248,7 @@ trap 'stopped=1' TERM INT
 
 for ((crashes = 0; crashes <= {retries}; crashes++)); do
     srun --ntasks=1 --open-mode=append --output={log} \\
-        {command} "$hash"
+        bash -c "exec ${{line#* }}"
     code=$?
     # 0 done, 2 a mistake, 75 saved, 76 another process runs it, 138 told by SIGUSR1
     # before Python could listen: not crashes.
@@ -253,24 +267,27 @@ exit "$code"
 
 
 def _submit_plain(
-    workdir: Path, points: list[Planned], settings: Settings, options: Options
-) -> dict[str, str]:
+    workdir: Path, elements: list[Element], settings: Settings, options: Options
+) -> list[str]:
+    """Submit; "job_index" of each element."""
     folder = workdir / FOLDER
     with disk.disk_errors("workdir"):
         folder.mkdir(exist_ok=True)
         stem = f"array-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        hashes, script = folder / f"{stem}.txt", folder / f"{stem}.sbatch"
-        hashes.write_text("".join(f"{point.hash}\n" for point in points))
-        script.write_text(render(workdir, hashes, len(points), settings, options))
+        lines, script = folder / f"{stem}.txt", folder / f"{stem}.sbatch"
+        lines.write_text(
+            "".join(f"{_name(one)} {shlex.join(one.command)}\n" for one in elements)
+        )
+        script.write_text(render(workdir, lines, len(elements), settings, options))
     job = _ask("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-    return {point.hash: f"{job}_{index}" for index, point in enumerate(points)}
+    return [f"{job}_{index}" for index in range(len(elements))]
 
 
 # Through submitit.
 
 
-class Element:
-    """A point as submitit calls it; `checkpoint` is its request to save."""
+class Call:
+    """An element as submitit calls it; `checkpoint` is its request to save."""
 
     def __init__(self, command: list[str], log: Path, retries: int):
         self.command, self.log, self.retries = command, log, retries
@@ -302,7 +319,7 @@ class Element:
         if process is not None and process.returncode is None:
             process.send_signal(signal.SIGTERM)
             _wait_beside(process.pid)
-        return DelayedSubmission(Element(self.command, self.log, self.retries))
+        return DelayedSubmission(Call(self.command, self.log, self.retries))
 
 
 def _wait_beside(pid: int) -> None:
@@ -315,8 +332,9 @@ def _wait_beside(pid: int) -> None:
 
 
 def _submit_submitit(
-    workdir: Path, points: list[Planned], settings: Settings, options: Options
-) -> dict[str, str]:
+    workdir: Path, elements: list[Element], settings: Settings, options: Options
+) -> list[str]:
+    """Submit; "job_index" of each element."""
     try:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -336,22 +354,16 @@ def _submit_submitit(
             with executor.batch():
                 jobs = [
                     executor.submit(
-                        Element(
-                            worker.command(workdir, point.hash),
-                            _log(workdir, point.hash),
-                            options.retries,
-                        )
+                        Call(one.command, _log(workdir, one), options.retries)
                     )
-                    for point in points
+                    for one in elements
                 ]
         except (FailedJobError, FailedSubmissionError) as error:
             said = " ".join(str(error).split())
             raise UserError(f"--launcher slurm: sbatch failed: {said}") from None
     # squeue shows a job that is no array with the index N/A.
-    return {
-        point.hash: job.job_id if "_" in job.job_id else f"{job.job_id}_N/A"
-        for point, job in zip(points, jobs, strict=True)
-    }
+    ids = [job.job_id for job in jobs]
+    return [one if "_" in one else f"{one}_N/A" for one in ids]
 
 
 def _submitit_parameters(settings: Settings, options: Options) -> dict[str, Any]:
