@@ -197,6 +197,24 @@ def test_adafactor_clips_a_layer_at_a_time():
 
 
 @pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
+def test_numbers_may_be_traced_and_differ_in_one_program(name):
+    traced = {"beta1": (0.9, 0.7), "beta2": (0.95, 0.8), "eps": (1e-8, 0.3)}
+    traced["weight_decay"] = (0.1, 0.4)
+    fixed = Config(name=name)
+
+    def one(values):
+        return update(dataclasses.replace(fixed, **values), steps=2)
+
+    every = jax.vmap(one)({key: jnp.asarray(v) for key, v in traced.items()})
+    for index in range(2):
+        alone = one({key: value[index] for key, value in traced.items()})
+        for a, b in zip(jax.tree.leaves(every), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[index], b, rtol=1e-4, atol=1e-5)
+    both = jax.tree.leaves(every)
+    assert all(np.abs(a[0] - a[1]).max() > 1e-3 for a in both if a.ndim > 3)
+
+
+@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
 def test_weight_decay_is_decoupled_and_reaches_the_named_arrays_alone(name):
     without = update(Config(name=name, weight_decay=0.0))
     decayed = update(Config(name=name, weight_decay=0.25))
