@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from attnjax.core.cli import run_main
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     line = parse_command_line(argv, Flags, program="attnjax.plan")
     _check(line)
+    # XLA reads it when jax is imported; its warnings are no part of the report.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from attnjax.planning import targets
 
     target = targets.parse(line.flags.target)

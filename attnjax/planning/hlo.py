@@ -106,10 +106,12 @@ class Module:
     Attributes:
         computations: name -> its instructions by name.
         entry: name of the entry computation.
+        files: id of a stack frame -> Python files that called one another there.
     """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
+    files: dict[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def weights(self) -> dict[str, tuple[float, float, bool]]:
@@ -176,6 +178,12 @@ class Module:
         is_integer = re.match(r"[su]\d+\[\]", numbers[0].shape)
         return int(numbers[0].literal) if is_integer else None
 
+    def is_from(self, instruction: Instruction, file: str) -> bool:
+        """Whether a Python file, named by its end, is in the stack that traced it."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        files = self.files.get(found.group(1), ()) if found else ()
+        return any(name.endswith(file) for name in files)
+
     def each(self):
         """(times run, times called, fused?, computation, instruction) of all."""
         for name, (times, calls, is_fused) in self.weights.items():
@@ -200,7 +208,40 @@ def parse(text: str) -> Module:
             instruction = _instruction(line)
             if instruction is not None:
                 current[instruction.name] = instruction
-    return Module(computations, entry)
+    return Module(computations, entry, _stacks(text))
+
+
+def _stacks(text: str) -> dict[str, frozenset[str]]:
+    """Files of every stack frame, from the tables in front of the computations."""
+    tables: dict[str, dict[str, str]] = {}
+    current = None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            break
+        if re.fullmatch(r"[A-Z]\w+", line):
+            current = tables.setdefault(line, {})
+        elif current is not None and line.strip():
+            key, _, value = line.partition(" ")
+            current[key] = value
+    names = tables.get("FileNames", {})
+    places = {
+        key: names.get(_field(value, "file_name_id"), "").strip('"')
+        for key, value in tables.get("FileLocations", {}).items()
+    }
+    frames = tables.get("StackFrames", {})
+    # Some versions write ids of parents larger by one: the first frame has none.
+    shift = 1 if _field(frames.get("1", ""), "parent_frame_id") == "1" else 0
+    found: dict[str, frozenset[str]] = {"0": frozenset()}
+    for key, value in frames.items():
+        parent = str(int(_field(value, "parent_frame_id") or shift) - shift)
+        own = places.get(_field(value, "file_location_id"), "")
+        found[key] = found.get(parent, frozenset()) | {own}
+    return found
+
+
+def _field(text: str, name: str) -> str:
+    found = re.search(rf"\b{name}=(\d+)", text)
+    return found.group(1) if found else ""
 
 
 # ---- costs
@@ -215,16 +256,24 @@ class Costs:
         bytes: read and written by instructions that are not inside of a fusion.
         once: (flops, bytes) with the body of each loop counted once, as XLA does.
         unknown_loops: loops of unknown length, counted once.
+        apart: those of `bytes` that a file asked for is answerable for.
     """
 
     flops: float
     bytes: float
     once: tuple[float, float]
     unknown_loops: int
+    apart: float = 0.0
 
 
-def costs(module: Module) -> Costs:
-    """FLOPs and bytes of a module."""
+def costs(module: Module, file: str | None = None) -> Costs:
+    """FLOPs and bytes of a module.
+
+    Args:
+        module: from `parse`.
+        file: the end of a Python file's name, whose traffic is also given apart.
+    """
+    apart = 0.0
     totals = [0.0, 0.0, 0.0, 0.0]
     for times, calls, is_fused, computation, instruction in module.each():
         flops = product_flops(instruction, computation)
@@ -233,7 +282,10 @@ def costs(module: Module) -> Costs:
             (times * flops, times * moved, calls * flops, calls * moved)
         ):
             totals[place] += value
-    return Costs(totals[0], totals[1], (totals[2], totals[3]), module.unknown_loops)
+        if moved and file is not None and module.is_from(instruction, file):
+            apart += times * moved
+    once = (totals[2], totals[3])
+    return Costs(totals[0], totals[1], once, module.unknown_loops, apart)
 
 
 def product_flops(instruction: Instruction, computation: dict) -> float:

@@ -11,6 +11,9 @@ from attnjax.planning.compilation import Compiled
 from attnjax.planning.roofline import Estimate
 from attnjax.planning.targets import PlanTarget
 
+# Whatever attention does was traced from here.
+ATTENTION = "attnjax/kernels/dispatch.py"
+
 
 @dataclasses.dataclass(frozen=True)
 class ProgramPlan:
@@ -174,7 +177,8 @@ def _weigh(here, target, compiled: Compiled, *, sizes, model_flops) -> ProgramPl
     total = compiled.arguments + compiled.temporaries
     total += max(0, compiled.outputs - compiled.aliased)
     module = hlo.parse(compiled.text)
-    costs = hlo.costs(module)
+    is_replaced = any(c.used != c.wanted for c in compiled.choices)
+    costs = hlo.costs(module, ATTENTION if is_replaced else None)
     node = target.chip.node if target.chip else None
     rows = collectives(module, target.count, node)
     guess = None
@@ -241,6 +245,7 @@ def _program_json(one: ProgramPlan | None) -> dict[str, Any] | None:
         "fits": one.fits,
         "flops": one.costs.flops if one.costs else None,
         "bytes_accessed": one.costs.bytes if one.costs else None,
+        "bytes_accessed_by_stand_in": one.costs.apart if one.costs else None,
         "loops_of_unknown_length": one.costs.unknown_loops if one.costs else None,
         "collectives": [dataclasses.asdict(row) for row in one.collectives],
         "estimate": dataclasses.asdict(one.estimate) if one.estimate else None,

@@ -7,6 +7,7 @@ from attnjax.planning.collectives import Collective
 from attnjax.planning.hlo import Costs
 
 ROOFLINE = "roofline of the compiled module on the chip's peaks"
+NO_STAND_IN = "without the memory traffic of what stands in for attention's kernel"
 UNUSABLE = f"{ROOFLINE}; XLA's own figure is not a positive time"
 XLA = "XLA's optimal_seconds, loops counted as often as they run, or the network"
 
@@ -17,7 +18,7 @@ class Estimate:
 
     Attributes:
         compute: matrix products at the peak of their dtype.
-        memory: device memory traffic at full bandwidth.
+        memory: device memory traffic at full bandwidth, without that of a stand-in.
         network: communication by rings at full bandwidth.
         step: the estimate.
         method: where `step` comes from.
@@ -48,20 +49,22 @@ def estimate(
 
     Args:
         chip: the device.
-        costs, collectives: of one device's module.
+        costs, collectives: of one device's module; `costs.apart` is a stand-in's.
         dtype: of the matrix products.
         model_flops: FLOPs of the model's mathematics in one step on one device.
         optimal_seconds: XLA's figure, or None.
     """
     peak = chip.flops32.value if dtype == "float32" else chip.flops.value
     compute = costs.flops / peak
-    memory = costs.bytes / chip.bandwidth.value
+    memory = (costs.bytes - costs.apart) / chip.bandwidth.value
     network = sum(
         max(row.sent / chip.link.value, row.sent_across / chip.network.value)
         for row in collectives
     )
     step, method = max(compute, memory, network), ROOFLINE
-    if optimal_seconds is not None and optimal_seconds <= 0:
+    if costs.apart:
+        method = f"{ROOFLINE}, {NO_STAND_IN}"
+    elif optimal_seconds is not None and optimal_seconds <= 0:
         method = UNUSABLE
     elif optimal_seconds is not None:
         flops, moved = costs.once

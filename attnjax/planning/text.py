@@ -86,8 +86,12 @@ def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
         products = f"{number(one.costs.flops)}FLOP in matrix products"
         if not one.costs.flops:
             products = "no matrix product (products with a vector became loops)"
+        aside = ""
+        if one.costs.apart:
+            aside = f", {size(one.costs.apart)} of it by attention's stand-in"
         out.append(
             f"  per device: {products}, {size(one.costs.bytes)} of memory traffic"
+            + aside
         )
         if one.costs.unknown_loops:
             out.append(

@@ -76,3 +76,10 @@ def test_a_negative_figure_of_the_compiler_is_not_used_and_told():
     found = _estimate(V5E, costs, optimal=-3.0)
     assert found.step == 1.0
     assert "not a positive time" in found.method
+
+
+def test_what_a_stand_in_moves_is_no_bound_on_the_kernel_it_stands_for():
+    costs = Costs(0.0, 4.8e12, (0.0, 0.0), 0, apart=3.6e12)
+    found = _estimate(H200, costs)
+    assert found.memory == found.step == pytest.approx(0.25)
+    assert "without the memory traffic of what stands in" in found.method

@@ -134,3 +134,44 @@ def test_products_of_convolutions_leave_out_padding_and_holes(
     attributes, left, right, out, products
 ):
     assert hlo.convolution_products(attributes, left, right, out) == products
+
+
+STACKS = """HloModule m
+
+FileNames
+1 "/a/models/block.py"
+2 "/a/kernels/dispatch.py"
+
+FunctionNames
+1 "run"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=7}
+2 {file_name_id=2 function_name_id=1 line=9}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=PARENT1}
+2 {file_location_id=2 parent_frame_id=PARENT2}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} negate(%x), metadata={op_name="a" stack_frame_id=1}
+  ROOT %z = f32[8]{0} negate(%y), metadata={op_name="b" stack_frame_id=2}
+}
+"""
+
+
+@pytest.mark.parametrize("parents", ["01", "12"])
+def test_traffic_is_told_apart_by_the_file_that_traced_it(parents):
+    text = STACKS.replace("PARENT1", parents[0]).replace("PARENT2", parents[1])
+    module = hlo.parse(text)
+    assert hlo.costs(module, "kernels/dispatch.py").apart == 64
+    assert hlo.costs(module, "models/block.py").apart == 128
+    assert hlo.costs(module).apart == 0
+    assert hlo.costs(module).bytes == 128
+
+
+def test_a_compiled_module_names_the_files_that_traced_it():
+    module = _module(_scan, (LAYERS, WIDTH, WIDTH), (ROWS, WIDTH))
+    assert hlo.costs(module, "test_hlo.py").apart > 0
+    assert hlo.costs(module, "nowhere.py").apart == 0
