@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, mosaic_gpu
@@ -57,7 +58,7 @@ def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
             "table": (7,),
         }.items()
     }
-    operands = {x.name: pool[x.name] for x in spec.operands} | more
+    operands = {x.name: pool[x.name] for x in spec.operands if x.name in pool} | more
     return kernels.make_request(*qkv, spec, operands, target), qkv, operands
 
 
@@ -84,6 +85,16 @@ REFUSED = {
         "'table' is a table",
         AttentionSpec(score=kernels.ScoreFn(looked_up, ("table",), ("table",))),
         {},
+    ),
+    "four axes": (
+        "one head's tile [t, s], on which it fails",
+        AttentionSpec(kernels.BlockLists(128, 128, ((0,), (0, 1)))),
+        {},
+    ),
+    "a relative bias": (
+        "'relative_bias' is a table",
+        AttentionSpec(score=kernels.RelativeBias(3)),
+        {"relative_bias": jax.ShapeDtypeStruct((4, 7), jnp.float32)},
     ),
     "a square root": (
         "cannot lower 'sqrt', which score=(ScoreFn(",
@@ -122,6 +133,12 @@ LOWERED = {
     ),
     "float16": (AttentionSpec(CAUSAL, return_lse=True), {"dtype": jnp.float16}),
     "window": (AttentionSpec(kernels.SlidingWindow(9, 4, sinks=2)), {}),
+    "neighbourhood": (
+        AttentionSpec(
+            kernels.Neighborhood((16, 16), window=5, dilation=2) | kernels.Dilated(7)
+        ),
+        {},
+    ),
     "packed": (AttentionSpec(CAUSAL & kernels.Segments()), {}),
     "prefix, sink": (
         AttentionSpec(CAUSAL | kernels.Prefix(), weight_map=kernels.Softmax("logit")),
@@ -173,11 +190,42 @@ def lowered_text(name):
 @pytest.mark.parametrize("name", LOWERED)
 def test_forward_and_backward_lower_for_cuda(name):
     text = lowered_text(name)
-    calls = re.findall(r"@(mosaic_gpu_v2|mosaic_gpu)\b", text)
+    calls = re.findall(r"@mosaic_gpu_v2\b", text)
     joint = tiles.joint_dkv(
         *(tiles.padded_dim(LOWERED[name][1].get(x, 64)) for x in "de")
     )
     assert len(calls) == (3 if joint else 4)
+
+
+def test_kernels_lower_under_vmap_and_inside_shard_map():
+    spec = AttentionSpec(CAUSAL & kernels.Segments(), score=kernels.ALiBi())
+    request, qkv, operands = request_of(spec)
+    slopes = operands.pop("alibi_slopes")
+
+    def total(slopes, qkv, ids):
+        return mosaic_gpu.run(request, *qkv, ids | {"alibi_slopes": slopes})[0].sum()
+
+    def twice(x):
+        return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+
+    gradients = jax.grad(total, argnums=(0, 1))
+    mesh = jax.sharding.AbstractMesh((2,), ("seed",))
+    spread = P("seed")
+
+    def one(slopes, qkv, ids):
+        qkv, ids = jax.tree.map(lambda x: x[0], (qkv, ids))
+        slopes = jax.lax.pcast(slopes, "seed", to="varying")
+        return jax.tree.map(lambda x: x[None], gradients(slopes, qkv, ids))
+
+    inside = jax.shard_map(
+        one, mesh=mesh, in_specs=(P(), spread, spread), out_specs=spread
+    )
+    mapped = jax.vmap(gradients, in_axes=(None, 0, 0))
+    given = slopes, [twice(x) for x in qkv], {n: twice(x) for n, x in operands.items()}
+    for program in (mapped, inside):
+        traced = jax.jit(program).trace(*given)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert len(re.findall(r"@mosaic_gpu_v2\b", text)) == 3
 
 
 def test_hooks_that_are_off_leave_the_plain_kernel():

@@ -88,7 +88,9 @@ class Block:
         self.batch = jax.lax.axis_index("batch")
         self.owner = jax.lax.axis_index("owners")
         bounds = plan.steps.bounds(self.step_refs, self.batch, self.owner)
-        self.num_full, self.num_steps = bounds
+        # What is read from memory has the mesh axes of its array; loops need the type
+        # that arithmetic gives, which has none inside a kernel.
+        self.num_full, self.num_steps = (x + jnp.int32(0) for x in bounds)
 
     @property
     def group(self) -> int:

@@ -2,7 +2,7 @@
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnjax.kernels.compat import mosaic_gpu_kernel
+from attnjax.kernels.compat import mosaic_gpu_kernel, vary_together
 from attnjax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS
 
 # Bytes of a row of shared memory that copies and matrix units permute within.
@@ -28,7 +28,7 @@ def kernel(body, *, name, out_type, scratch, grid, interpret):
         approx_math=True,
         lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
-    return mosaic_gpu_kernel(
+    call = mosaic_gpu_kernel(
         body,
         name=name,
         out_type=out_type,
@@ -40,3 +40,9 @@ def kernel(body, *, name, out_type, scratch, grid, interpret):
         thread_name="wg",
         interpret=interpret,
     )
+
+    def run(first, *rest):
+        # Results have lost the mesh axes over which the arguments vary.
+        return vary_together((*call(first, *rest), first))[:-1]
+
+    return run

@@ -94,7 +94,14 @@ def _lacking(spec: AttentionSpec, shapes) -> str | None:
         "weight_map": lambda tile, s: _weighed(spec.weight_map, s),
     }
     for name, part in parts.items():
-        jaxpr = jax.make_jaxpr(lambda part=part: part(*_example(spec, shapes)))()
+        try:
+            jaxpr = jax.make_jaxpr(lambda part=part: part(*_example(spec, shapes)))()
+        except (TypeError, ValueError, IndexError) as error:
+            # A function that indexes the four axes [B, H, t, s] of its arguments.
+            return (
+                f"gives {name}={getattr(spec, name)!r} one head's tile [t, s], on "
+                f"which it fails: {error}"
+            )
         opened = frozenset() if name == "mask" else INLINED
         for primitive in _primitives(jaxpr.jaxpr):
             if primitive not in PRIMITIVES | opened:
