@@ -18,6 +18,10 @@ CACHED = 3 * 2**17
 MASKED_COST = 1.4
 TILE_OVERHEAD = 16_000
 MOST_TILES = 2**17
+# So many queries against more than a block of keys are decoding, in blocks of keys as
+# long as these.
+FEW_QUERIES = 16
+DECODE_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,12 @@ class BlockPlan:
     def one_tile(self) -> bool:
         """Whether a single tile covers everything, and is computed as one."""
         return self.num_q == self.num_k == 1 and self.request.spec.reweight is None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether few queries meet a long cache, which is read where it lies."""
+        few = self.num_q == 1 and self.request.q_len <= FEW_QUERIES
+        return few and self.num_k > 1 and self.request.spec.reweight is None
 
     @property
     def padded_keys(self) -> bool:

@@ -5,7 +5,7 @@ the mask leaves empty are skipped and tiles that it leaves full are computed wit
 it, both from a table made at trace time; row statistics are carried from tile to
 tile (Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135). The backward
 pass recomputes the weights from the rows' log-sums. When one tile covers everything,
-its weights are kept instead.
+its weights are kept instead; a few queries read a long cache where it lies.
 """
 
 import functools
@@ -15,6 +15,7 @@ import jax
 
 from attnjax.kernels import (
     blocked_backward,
+    blocked_decode,
     blocked_forward,
     blocked_reweight,
     epilogue,
@@ -75,7 +76,10 @@ def _attend_fwd(plan: BlockPlan, q, k, v, trained: Arrays, fixed: Arrays):
     else:
         padded = blocked_forward.pad_operands(plan, operands)
         table = tile_table(plan, padded)
-        if plan.request.spec.reweight is None:
+        if plan.decodes:
+            out, lse = blocked_decode.forward(plan, q, k, v, operands, table)
+            kept = (out, lse, table)
+        elif plan.request.spec.reweight is None:
             out, lse = blocked_forward.forward(plan, q, k, v, padded, table)
             kept = (out, lse, table)
         else:

@@ -77,10 +77,10 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
             raw = tiles.products(q_i, block_at(kb, j))
             mask = mask if masked else None
             s = tile_math.masked_scores(request.spec, raw, tile, mask)
-            return _absorb(request.spec, carry, s, mask, block_at(vb, j))
+            return absorb(request.spec, carry, s, mask, block_at(vb, j))
 
-        carry = visit_row(table_row, visit, _empty_rows(request, q_i))
-        return None, _finish(request.spec, carry, operands)
+        carry = visit_row(table_row, visit, empty_rows(request, q_i))
+        return None, finish(request.spec, carry, operands)
 
     steps = jnp.arange(plan.num_q, dtype=jnp.int32)
     rows = jax.tree.map(jnp.asarray, (steps, qb, *table))
@@ -89,7 +89,7 @@ def forward(plan: BlockPlan, q, k, v, operands: Arrays, table: TileTable):
     return out, None if lse is None else join_blocks(lse, request.q_len)[..., 0]
 
 
-def _empty_rows(request: Request, q: jax.Array):
+def empty_rows(request: Request, q: jax.Array):
     """(accumulated output, row maximum, row sum) before any key."""
     rows = q.shape[:3]
     weight_map = request.spec.weight_map
@@ -102,7 +102,7 @@ def _empty_rows(request: Request, q: jax.Array):
     return acc, top, total
 
 
-def _absorb(spec, carry, s: jax.Array, mask: jax.Array | None, v: jax.Array):
+def absorb(spec, carry, s: jax.Array, mask: jax.Array | None, v: jax.Array):
     """Add one tile of scores to the running rows."""
     acc, top, total = carry
     new_top = None
@@ -117,7 +117,7 @@ def _absorb(spec, carry, s: jax.Array, mask: jax.Array | None, v: jax.Array):
     return acc + tiles.mix(u, v), new_top, total
 
 
-def _finish(spec, carry, operands: Arrays):
+def finish(spec, carry, operands: Arrays):
     """Output rows and their log-sums."""
     acc, top, total = carry
     if total is None:

@@ -11,6 +11,8 @@ def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockP
     t, s = request.q_len, request.kv_len
     if block_sizes is not None:
         return BlockPlan(request, min(block_sizes[0], t), min(block_sizes[1], s))
+    if t <= block_plan.FEW_QUERIES and s > block_plan.DECODE_BLOCK:
+        return BlockPlan(request, t, block_plan.DECODE_BLOCK)
     if _fits_one_tile(request):
         return BlockPlan(request, t, s)
     plans = [

@@ -225,7 +225,8 @@ def chosen(b, t, h, mask=CAUSAL.mask, s=None):
 def test_block_sizes_follow_shape_and_mask():
     assert chosen(12, 64, 4) == (64, 64)
     assert chosen(4, 256, 8) == (256, 256)
-    assert chosen(2, 1, 8, s=4096) == (1, 4096)
+    assert chosen(2, 1, 8, s=4096) == (1, 256)
+    assert chosen(2, 1, 8, s=256) == (1, 256)
     assert chosen(1, 4096, 8) == (256, 128)
     assert chosen(1, 4096, 8, kernels.SlidingWindow(255)) == (64, 64)
     assert chosen(8, 1024, 12) == (64, 64)
