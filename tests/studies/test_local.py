@@ -51,6 +51,8 @@ try:
         (run / "config.json").write_text('{{"train": {{"steps": 3}}}}')
         (run / "manifest.json").write_text('{{"finished_step": 3}}')
         (run / "summary.json").write_text('{{"final": {{"loss": 2.5}}}}')
+        if word == "unwritten":
+            sys.exit(2)
         ledger.write(work, dataclasses.replace(state, state="done"))
 except ledger.Busy:
     sys.exit(76)
@@ -100,6 +102,16 @@ def test_points_run_in_order_and_the_second_time_nothing_is_left(bench, study, c
     assert bench() == 0
     assert order(study) == []
     assert "3 points, 3 of them done" in capfd.readouterr().out
+
+
+def test_a_run_that_is_there_is_done_whatever_its_worker_could_write(
+    bench, study, capfd
+):
+    assert bench({1: ["unwritten"]}) == 0
+    assert "3 of 3 points done." in capfd.readouterr().out
+    assert states(study) == ["done", "running", "done"]
+    assert bench() == 0
+    assert order(study) == [] and states(study) == ["done"] * 3
 
 
 def test_a_crash_is_tried_again_and_each_attempt_has_a_log(bench, study, capfd):

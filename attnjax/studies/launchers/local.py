@@ -184,7 +184,9 @@ class _Driver:
 
     def _ended(self, job: Job, code: int) -> None:
         point, took = job.point, time.monotonic() - job.began
-        if code == EXIT_OK:
+        run = self.study.run_directory(point)
+        # A full disk may take the run's last file, and no word about it after that.
+        if code == EXIT_OK or ledger.is_done(run):
             self.done.add(point.hash)
             self.display.finished(point, took, len(self.done))
         elif code == worker.EXIT_BUSY:
