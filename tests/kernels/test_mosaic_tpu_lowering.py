@@ -144,8 +144,8 @@ def test_every_variant_lowers_forward_and_backward(name):
 
 SHAPES = {
     "float32, D != E": dict(dtype=F32, d=80, e=40),
-    "wide heads": dict(d=256, e=256),
-    "one query": dict(t=1, more=("q_offset",)),
+    "wide heads": dict(d=512, e=256),
+    "few queries": dict(t=9, more=("q_offset",)),
     "positions and keys that are not there": dict(more=("q_offset", "kv_mask")),
     "a mapped axis": dict(mapped=True),
 }

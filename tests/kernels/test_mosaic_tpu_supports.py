@@ -49,7 +49,8 @@ TABLE = AttentionSpec(score=kernels.ScoreFn(table_score, ("table",), ("table",))
 REFUSED = {
     "cpu": ("needs platform tpu, not cpu", CAUSAL, {"target": Target("cpu")}),
     "float16": ("not float16", CAUSAL, {"dtype": jnp.float16}),
-    "wide": ("D and E <= 256, not D=264, E=64", CAUSAL, {"d": 264}),
+    "wide": ("D and E <= 512, not D=520, E=64", CAUSAL, {"d": 520}),
+    "one query": ("at least 8 queries, not T=1", AttentionSpec(), {"t": 1}),
     "mesh": (
         "inside shard_map in a program for 4 devices",
         CAUSAL,
@@ -212,8 +213,9 @@ def test_blocks_fit_the_lengths_and_the_memory():
         return plan.block_q, plan.block_k
 
     assert sizes(t=197) == (256, 256)
-    assert sizes(t=1) == (128, 128)
-    assert sizes(AttentionSpec(), t=8192) == blocks.WIDE
+    assert sizes(t=9) == (128, 128)
+    assert sizes(t=8192, d=512) == (256, 256)
+    assert sizes(AttentionSpec(), t=8192) == blocks.WIDEST
     assert sizes(AttentionSpec(), t=8192, d=256) == (512, 512)
     assert sizes(AttentionSpec(), t=8192, dtype=jnp.float32) == (512, 512)
     window = AttentionSpec(mask=kernels.SlidingWindow(127))

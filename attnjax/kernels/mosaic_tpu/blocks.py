@@ -10,11 +10,11 @@ from attnjax.kernels.request import Request
 # Lanes of a vector register: blocks are multiples of it.
 LANES = 128
 # (block_q, block_k) that are weighed against one another, in tokens. The bodies hold up
-# to a dozen tiles of float32 in the 16 MiB of VMEM that a kernel has; the wide ones
-# only where a tile of features or of a bias does not come on top.
-WIDE = (512, 1024)
-CANDIDATES = (WIDE, (512, 512), (256, 256), (128, 128))
-WIDE_FEATURES = 128
+# to a dozen tiles of float32 in the 16 MiB of VMEM that a kernel has; the first is for
+# requests that keep little else there, and the first two are not for wide features.
+WIDEST = (512, 1024)
+CANDIDATES = (WIDEST, (512, 512), (256, 256), (128, 128))
+FEW_FEATURES, MANY_FEATURES = 128, 256
 # What a step of the grid costs, in scores: a third of a microsecond.
 STEP_OVERHEAD = 2**16
 
@@ -23,8 +23,7 @@ def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockP
     """Choose block sizes, or take the given ones."""
     if block_sizes is not None:
         return BlockPlan(request, *block_sizes)
-    sizes = CANDIDATES if _is_light(request) else CANDIDATES[1:]
-    plans = [_plan(request, *size) for size in sizes]
+    plans = [_plan(request, *size) for size in CANDIDATES[_first(request) :]]
     if mask_problem(request):
         plans = [plan for plan in plans if not masks_inside(plan)] or plans
     return min(plans, key=_cost)
@@ -35,11 +34,14 @@ def masks_inside(plan: BlockPlan) -> bool:
     return not is_static(plan) or PARTIAL in static_kinds(plan)
 
 
-def _is_light(request: Request) -> bool:
-    """Whether blocks take little memory beside their scores."""
-    narrow = max(request.head_dim, request.value_dim) <= WIDE_FEATURES
+def _first(request: Request) -> int:
+    """The largest of the candidates that fits beside the other blocks."""
+    features = max(request.head_dim, request.value_dim)
+    if features > MANY_FEATURES:
+        return 2
     tiles = any(operand.axes in ("bhts", "*") for operand in request.spec.operands)
-    return narrow and set(request.dtypes) == {"bfloat16"} and not tiles
+    light = features <= FEW_FEATURES and set(request.dtypes) == {"bfloat16"}
+    return 0 if light and not tiles else 1
 
 
 def _plan(request: Request, block_q: int, block_k: int) -> BlockPlan:

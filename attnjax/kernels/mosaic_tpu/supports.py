@@ -5,7 +5,10 @@ from attnjax.kernels.mosaic_tpu import blocks, hooks, steps
 from attnjax.kernels.request import Request
 
 DTYPES = ("bfloat16", "float32")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+# Rows of a register. Fewer queries leave tiles empty, and every query head reads the
+# keys by itself: a step of decoding is better off without these kernels.
+MIN_QUERIES = 8
 
 
 def supports(request: Request) -> str | None:
@@ -34,6 +37,8 @@ def _arrays(request: Request) -> str | None:
             f"needs D and E <= {MAX_HEAD_DIM}, not D={request.head_dim}, "
             f"E={request.value_dim}"
         )
+    if request.q_len < MIN_QUERIES:
+        return f"needs at least {MIN_QUERIES} queries, not T={request.q_len}"
     return None
 
 
