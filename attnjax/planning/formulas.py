@@ -22,6 +22,7 @@ class Remat(NamedTuple):
 
 REMAT = {"none": Remat(0.0, 1.45), "dots": Remat(0.1, 0.4), "full": Remat(1 / 3, 0.05)}
 # Where no peaks are known (CPU) only what is more and what is less matters.
+_HOP = 1e-6  # Seconds of a message to the next device of a ring: assumed.
 _NO_CHIP = {"flops": 1e12, "bandwidth": 1e11, "link": 1e10, "network": 1e10}
 
 
@@ -159,21 +160,23 @@ class Facts:
         weights = self.item * (layers + self.head) / split.tensor
         gathered = weights + self.item * layers / split.tensor
         if split.fsdp > 1:
-            yield self._ring(gathered + weights, split.fsdp, split.tensor)
+            calls = 3 * self.layers
+            yield self._ring(gathered + weights, split.fsdp, split.tensor, calls)
         if split.data > 1:
             summed = weights + (0 if split.fsdp > 1 else 4 * self.head / split.tensor)
             inside = split.fsdp * split.tensor
-            yield self._ring(2 * summed / split.fsdp, split.data, inside)
+            yield self._ring(2 * summed / split.fsdp, split.data, inside, 2)
         if split.tensor > 1:
             stream = self.layers * self._tokens(split) * self.width * self.item
-            yield self._ring(16 * stream, split.tensor, 1)
+            yield self._ring(16 * stream, split.tensor, 1, 6 * self.layers)
 
-    def _ring(self, sent: float, group: int, stride: int) -> float:
+    def _ring(self, sent: float, group: int, stride: int, calls: int) -> float:
         """Seconds to pass `sent` bytes round a group of every `stride`-th device."""
+        hops = calls * (group - 1) * _HOP
         times = [sent * (group - 1) / group / self.rates["link"]]
         if self.node is not None and group * stride > self.node:
             inside = max(1, self.node // stride)
             nodes = group / inside
             share = sent * (nodes - 1) / nodes / inside
             times.append(share / self.rates["network"])
-        return max(times)
+        return max(times) + hops

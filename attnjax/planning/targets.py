@@ -148,6 +148,8 @@ def prepare(target: PlanTarget) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     # Messages about the devices that are, rightly, not found.
+    # No TPU is touched, so several processes may plan at a time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
@@ -193,6 +195,17 @@ def devices(target: PlanTarget) -> list:
                 f"attnjax.plan --target {target.name}."
             )
         return found[: target.count]
+    try:
+        return _described(target)
+    except jax.errors.JaxRuntimeError as error:
+        first = next((x for x in str(error).splitlines() if x.strip()), "")
+        raise UserError(
+            f"{OWNER}: the compiler's plugin does not describe {target.name}: "
+            f"{first[:300]}. Install the versions in constraints.txt: {INSTALL}"
+        ) from error
+
+
+def _described(target: PlanTarget) -> list:
     from jax.experimental import topologies
 
     if target.platform == "tpu":

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from attnjax.planning import formulas
 from attnjax.planning.formulas import Facts, Split
 
 RATES = {"flops": 1e15, "bandwidth": 4e12, "link": 4e11, "network": 5e10}
@@ -12,6 +13,11 @@ FACTS = Facts(
     heads=8, kv_heads=8, vocab=1953, batch=64, seq_len=128, flops=1e12,
     loss_tokens=10**9, state_bytes=84_000_000, item=2, rates=RATES, node=8,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_latency(monkeypatch):
+    monkeypatch.setattr(formulas, "_HOP", 0.0)
 
 
 def _network(facts, *sizes):
@@ -42,6 +48,14 @@ def test_groups_of_whole_nodes_share_the_way_between_nodes():
     copies = 2 * 2 * 6e6 / 8 * 7 / 8 / 5e10
     added = _network(facts, 8, 8, 1) - _network(facts, 1, 8, 1)
     assert added == pytest.approx(copies)
+
+
+def test_every_message_to_the_next_device_takes_its_time(monkeypatch):
+    before = _network(FACTS, 1, 8, 1), _network(FACTS, 8, 1, 1)
+    monkeypatch.setattr(formulas, "_HOP", 1e-3)
+    after = _network(FACTS, 1, 8, 1), _network(FACTS, 8, 1, 1)
+    assert after[0] - before[0] == pytest.approx(3 * 5 * 7e-3)
+    assert after[1] - before[1] == pytest.approx(2 * 7e-3)
 
 
 def test_a_chip_without_nodes_has_one_interconnect():

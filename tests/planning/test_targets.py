@@ -1,5 +1,6 @@
 """Targets: what may be asked for, and what is said otherwise."""
 
+import jax
 import pytest
 
 from attnjax.core.errors import UserError
@@ -86,3 +87,13 @@ def test_missing_extra_is_told_in_one_line(monkeypatch):
 def test_too_few_cpu_devices_are_an_error_of_the_process():
     with pytest.raises(UserError, match="this process has .* CPU devices"):
         targets.devices(targets.parse("cpu:1024"))
+
+
+def test_a_plugin_that_fails_is_told_in_one_line(monkeypatch):
+    def fail(target):
+        raise jax.errors.JaxRuntimeError("\nABORTED: locked\nmore")
+
+    monkeypatch.setattr(targets, "missing_extra", lambda platform: None)
+    monkeypatch.setattr(targets, "_described", fail)
+    with pytest.raises(UserError, match="not describe v5e:2x2: ABORTED: locked. Inst"):
+        targets.devices(targets.parse("v5e:2x2"))
