@@ -149,11 +149,18 @@ def test_half_precision_is_as_near_as_rounding_allows(dtype, form):
         )
 
 
-def test_huge_scores_do_not_overflow():
-    q, k, v = qkv()
+@pytest.mark.parametrize("again", [None, kernels.Sharpen(15)])
+@pytest.mark.parametrize("weights", [kernels.Softmax(), kernels.Softpick()])
+def test_huge_scores_do_not_overflow(weights, again):
+    q, k, v = (10 * x for x in qkv())
+    spec = dataclasses.replace(CAUSAL, weight_map=weights, reweight=again)
+    count = jnp.arange(1.0, T + 1)[None, None]
+    operands = {"visible_keys": count, "sharpen_offset": jnp.minimum(count - 1, 1)}
+    rest = (spec, operands if again else {})
     for form in (attend, tiled):
-        close(form(100 * q, 100 * k, v), exact(100 * q, 100 * k, v))
-        assert all(jnp.isfinite(g).all() for g in grads(form, 100 * q, 100 * k, v))
+        close(form(10 * q, 10 * k, v, *rest), exact(10 * q, 10 * k, v, *rest), 1e-4)
+        finite = [jnp.isfinite(g).all() for g in grads(form, 10 * q, 10 * k, v, *rest)]
+        assert all(finite)
 
 
 def test_gradients_repeat_bit_for_bit():
@@ -274,12 +281,18 @@ def test_hooks_that_are_off_leave_no_trace():
         mask=kernels.Full() & kernels.Causal() & kernels.Full(),
         scale=D**-0.5,
         score=(),
-        weight_map=kernels.Softmax(sink=None),
+        weight_map=kernels.Softmax(sink=None, bound=None),
+        reweight=None,
+        epilogue=(),
+        dropout_rate=0.0,
     )
     assert text(spelled) == plain
-    assert (
-        text(AttentionSpec(mask=kernels.Causal(), score=kernels.SoftCap(9.0))) != plain
-    )
+    for hook in (
+        {"score": kernels.SoftCap(9.0)},
+        {"weight_map": kernels.Softmax(bound=9.0)},
+        {"reweight": kernels.Clip()},
+    ):
+        assert text(dataclasses.replace(CAUSAL, **hook)) != plain
 
 
 def test_a_spec_made_again_does_not_compile_again():

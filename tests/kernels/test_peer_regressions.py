@@ -3,6 +3,7 @@
 The numbers are those of the project's list of peer complaints.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -102,6 +103,62 @@ def test_rows_that_see_nothing_are_zero_and_not_nan_2_5(form, how):
         assert not gradient.any()
 
 
+MAPS = {
+    "softpick": kernels.Softpick(),
+    "polynomial": kernels.Polynomial(eps=0.0),
+    "bounded softmax": kernels.Softmax(bound=30.0),
+}
+
+
+@every_form
+@pytest.mark.parametrize("name", MAPS)
+def test_pad_keys_stay_out_of_every_normaliser_2_4(form, name):
+    """Also of maps that are not 0 where softmax is, with every gradient."""
+    spec = dataclasses.replace(PACKED, weight_map=MAPS[name])
+    ids, valid = padded_ids(17), slice(0, 17)
+
+    def total(q, k, v):
+        out, lse = run(form, q, k, v, spec, ids)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(lse[:, valid])
+
+    def grads(k_scale, v_scale):
+        q, k, v = qkv()
+        k, v = k.at[:, 17:].mul(k_scale), v.at[:, 17:].mul(v_scale)
+        return jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+
+    for left, right in zip(grads(1.0, 1.0), grads(1e4, 1e4), strict=True):
+        np.testing.assert_array_equal(left, right)
+        assert not left[:, 17:].any()
+        assert jnp.isfinite(left).all()
+
+
+@every_form
+@pytest.mark.parametrize("name", [*MAPS, "sharpened", "gated and normed"])
+def test_rows_that_see_nothing_stay_zero_in_every_variant_2_5(form, name):
+    steps = {"sharpened": {"reweight": kernels.Sharpen(15)}}
+    late = (kernels.OutputGate("head"), kernels.HeadRMSNorm(), kernels.HeadScale())
+    steps["gated and normed"] = {"epilogue": late}
+    extra = steps.get(name, {"weight_map": MAPS.get(name)})
+    spec = dataclasses.replace(PACKED, return_lse=False, **extra)
+    pool = {
+        "visible_keys": jnp.zeros((1, 1, 1)),
+        "sharpen_offset": jnp.ones((1, 1, 1)),
+        "output_gate": jnp.ones((2, T, H)),
+        "head_norm": jnp.ones((1, 1)),
+        "head_scale": jnp.ones(H),
+    }
+    operands = {op.name: pool[op.name] for op in spec.operands if op.name in pool}
+
+    def total(*x):
+        out, _ = run(form, *x, spec, operands | padded_ids(0))
+        return jnp.sum(jnp.cos(out)), out
+
+    d_qkv, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv())
+    assert not out.any()
+    for gradient in d_qkv:
+        assert not gradient.any()
+
+
 @every_form
 @pytest.mark.parametrize("sink", ["logit", "off_by_one"])
 def test_rows_that_see_only_the_sink_are_zero_2_5(form, sink):
@@ -197,6 +254,29 @@ def test_learned_scalars_have_gradients_2_7(form):
     step = 1e-2
     slope = (total(1.3 + step) - total(1.3 - step)) / (2 * step)
     np.testing.assert_allclose(got, slope, rtol=1e-3)
+
+
+@every_form
+def test_sinks_gates_and_scales_have_gradients_2_7(form):
+    """Numbers that a fused kernel captures are trained, not held."""
+    late = (kernels.OutputGate("head"), kernels.HeadScale())
+    sinks = kernels.Softmax(sink="logit")
+    spec = AttentionSpec(mask=kernels.Causal(), weight_map=sinks, epilogue=late)
+    operands = {
+        "sink": jnp.array([0.5, -1.0]),
+        "output_gate": jax.random.normal(jax.random.key(8), (2, T, H)),
+        "head_scale": jnp.array([1.5, 0.7]),
+    }
+
+    @jax.jit
+    def total(operands):
+        return jnp.sum(jnp.sin(run(form, *qkv(), spec, operands)[0]))
+
+    got, step = jax.jit(jax.grad(total))(operands), 1e-2
+    for name, x in operands.items():
+        up, down = (total(operands | {name: x + sign * step}) for sign in (1, -1))
+        slope = (up - down) / (2 * step)
+        np.testing.assert_allclose(got[name].sum(), slope, rtol=2e-3, atol=2e-3)
 
 
 @every_form
