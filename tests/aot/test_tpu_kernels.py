@@ -5,8 +5,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec
@@ -75,16 +77,16 @@ def chip():
     def describe(name):
         target = targets.parse(name)
         targets.prepare(target)
-        return targets.devices(target)[0], target.kernel_target
+        return targets.devices(target), target.kernel_target
 
     return describe
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_backward_compile_and_fit(name, chip, record_property):
+def test_forward_and_backward_compile_and_fit(name, chip):
     where, spec, operands, kv_heads, d, e = CASES[name]
-    device, target = chip(where)
+    (device, *_), target = chip(where)
 
     def shape(*sizes, dtype=jnp.bfloat16):
         place = SingleDeviceSharding(device)
@@ -112,15 +114,44 @@ def test_forward_and_backward_compile_and_fit(name, chip, record_property):
     text = step.lower(q, k, v, trained, fixed).compile().as_text()
     found = vmem_of_kernels(text)
     assert len(found) == (4 if "bias" in given else 3)
-    record_property("vmem_bytes", found)
-    assert all(0 < used <= VMEM[where] for used in found), found
+    print(f"{name}: bytes of VMEM: {found}")
+    assert all(0 < used <= VMEM[where] for used in found.values()), found
     # Scores exist in tiles alone, but for a bias, which is an array already.
     if "bias" not in given:
         assert "2048,2048" not in text
 
 
-def vmem_of_kernels(text: str) -> list[int]:
+@pytest.mark.aot
+@pytest.mark.parametrize("sequence", [1, 4])
+def test_each_chip_of_a_mesh_runs_the_kernels(sequence, chip):
+    """Cut by batch and heads, or by tokens with keys going round the ring."""
+    devices, target = chip("v5e:2x2")
+    sizes = (1, 1, 4) if sequence == 4 else (2, 2, 1)
+    mesh = Mesh(np.array(devices).reshape(sizes), ("data", "tensor", "sequence"))
+    place = NamedSharding(mesh, P("data", "sequence", "tensor"))
+
+    def shape(heads):
+        return jax.ShapeDtypeStruct((2, 2048, heads, 64), jnp.bfloat16, sharding=place)
+
+    def total(q, k, v):
+        spec = AttentionSpec(mask=CAUSAL)
+        out = kernels.sharded_attention(q, k, v, spec, mesh=mesh, target=target)
+        return out.astype(jnp.float32).sum()
+
+    with kernels.watching() as watch:
+        step = jax.jit(jax.grad(total, (0, 1, 2)))
+        text = step.lower(shape(4), shape(2), shape(2)).compile().as_text()
+    assert {choice.used for choice in watch.choices} == {"mosaic_tpu"}
+    assert len(vmem_of_kernels(text)) >= 3
+    assert ("collective-permute" in text) == (sequence == 4)
+
+
+def vmem_of_kernels(text: str) -> dict[str, int]:
     """Bytes of VMEM that the compiler gave each Pallas kernel of a module."""
-    calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
-    pattern = r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"'
-    return [int(re.search(pattern, line).group(1)) for line in calls]
+    found = {}
+    for number, line in enumerate(text.splitlines()):
+        if "tpu_custom_call" in line:
+            name = re.search(r"attention_([a-z_]+[a-z])", line).group(1)
+            pattern = r'"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"'
+            found[f"{name} in line {number}"] = int(re.search(pattern, line).group(1))
+    return found

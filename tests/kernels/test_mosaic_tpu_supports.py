@@ -77,6 +77,15 @@ def sorted_distance(b, h, q, k):
     return jnp.sort(q - k) > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class RunningSum(kernels.WeightMap):
+    def unnormalized(self, s, shift):
+        return jnp.cumsum(jax.nn.sigmoid(s), axis=-1)
+
+    def slope(self, s, u):
+        return u
+
+
 BLOCKS = tuple((i, 0) for i in range(8))
 TABLES = {
     "score": ("a table, as operand 'table' is", TABLE, {"table": (3,)}),
@@ -93,6 +102,11 @@ TABLES = {
     "sort": (
         "has no sort in a kernel, which MaskFn takes",
         AttentionSpec(mask=kernels.MaskFn(sorted_distance)),
+        {},
+    ),
+    "running sum": (
+        "has no cumsum in a kernel, which RunningSum takes",
+        AttentionSpec(weight_map=RunningSum()),
         {},
     ),
     "small blocks": (

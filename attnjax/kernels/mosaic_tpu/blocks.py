@@ -41,7 +41,9 @@ def _first(request: Request) -> int:
         return 2
     tiles = any(operand.axes in ("bhts", "*") for operand in request.spec.operands)
     light = features <= FEW_FEATURES and set(request.dtypes) == {"bfloat16"}
-    return 0 if light and not tiles else 1
+    # A user's function keeps as much as it likes.
+    known = all(step.finite for step in request.spec.score)
+    return 0 if light and known and not tiles else 1
 
 
 def _plan(request: Request, block_q: int, block_k: int) -> BlockPlan:

@@ -1,4 +1,4 @@
-"""Whether a TPU kernel can trace a spec's own functions: masks and score steps."""
+"""Whether a TPU kernel can trace a spec's own functions: masks, score steps, maps."""
 
 import dataclasses
 import functools
@@ -51,6 +51,22 @@ def score_problem(request: Request) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=256)
+def map_problem(request: Request) -> str | None:
+    """Why the weight map cannot be computed inside a kernel, or None."""
+    weight_map = request.spec.weight_map
+
+    def formulas(s):
+        shift = s[..., :1] if weight_map.exponential else None
+        u = weight_map.unnormalized(s, shift)
+        if weight_map.split:
+            return u, weight_map.summed(s, shift), weight_map.slopes(s, shift)
+        return u, weight_map.slope(s, u)
+
+    traced = jax.make_jaxpr(formulas)(jax.ShapeDtypeStruct(_SHAPE, jnp.float32))
+    return _missing(traced.jaxpr, type(weight_map).__name__)
+
+
 def _both_ways(step: ScoreStep, tile: Tile):
     """A step and its derivative."""
     fixed = {n: x for n, x in tile.operands.items() if x.dtype != jnp.float32}
@@ -82,13 +98,17 @@ def _problem(request: Request, names: set[str], function: Callable, owner: str):
         dtypes = _DTYPES | {"any": any_dtype}
         shapes = _shapes(request, {n: dtypes[known[n].kind] for n in names})
         try:
-            found = set(_primitives(jax.make_jaxpr(trace)(shapes).jaxpr))
+            traced = jax.make_jaxpr(trace)(shapes)
         except TypeError:
             # Not a dtype for this function; if none is, the kernel will say why.
             continue
-        missing = " and no ".join(sorted(found - LOWERED))
-        return f"has no {missing} in a kernel, which {owner} takes" if missing else None
+        return _missing(traced.jaxpr, owner)
     return None
+
+
+def _missing(jaxpr, owner: str) -> str | None:
+    missing = " and no ".join(sorted(set(_primitives(jaxpr)) - LOWERED))
+    return f"has no {missing} in a kernel, which {owner} takes" if missing else None
 
 
 def _shapes(request: Request, dtypes) -> dict[str, jax.ShapeDtypeStruct]:

@@ -46,7 +46,7 @@ def _spec(request: Request) -> str | None:
     if request.spec.reweight is not None:
         name = type(request.spec.reweight).__name__
         return f"takes no second pass over rows, as {name} is"
-    found = hooks.score_problem(request)
+    found = hooks.score_problem(request) or hooks.map_problem(request)
     if found is None and blocks.masks_inside(blocks.plan_blocks(request, None)):
         found = hooks.mask_problem(request)
     return found
