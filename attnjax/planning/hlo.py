@@ -257,6 +257,7 @@ class Costs:
         once: (flops, bytes) with the body of each loop counted once, as XLA does.
         unknown_loops: loops of unknown length, counted once.
         apart: those of `bytes` that a file asked for is answerable for.
+        kernels: calls of Pallas kernels, whose products nobody counts.
     """
 
     flops: float
@@ -264,6 +265,7 @@ class Costs:
     once: tuple[float, float]
     unknown_loops: int
     apart: float = 0.0
+    kernels: float = 0.0
 
 
 def costs(module: Module, file: str | None = None) -> Costs:
@@ -273,7 +275,7 @@ def costs(module: Module, file: str | None = None) -> Costs:
         module: from `parse`.
         file: the end of a Python file's name, whose traffic is also given apart.
     """
-    apart = 0.0
+    apart = kernels = 0.0
     totals = [0.0, 0.0, 0.0, 0.0]
     for times, calls, is_fused, computation, instruction in module.each():
         flops = product_flops(instruction, computation)
@@ -284,8 +286,16 @@ def costs(module: Module, file: str | None = None) -> Costs:
             totals[place] += value
         if moved and file is not None and module.is_from(instruction, file):
             apart += times * moved
+        kernels += times * is_kernel(instruction)
     once = (totals[2], totals[3])
-    return Costs(totals[0], totals[1], once, module.unknown_loops, apart)
+    return Costs(totals[0], totals[1], once, module.unknown_loops, apart, kernels)
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether an instruction calls a kernel that Pallas made."""
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    words = ("tpu_custom_call", "mosaic", "triton")
+    return bool(found) and any(word in found.group(1) for word in words)
 
 
 def product_flops(instruction: Instruction, computation: dict) -> float:

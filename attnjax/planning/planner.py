@@ -244,6 +244,7 @@ def _program_json(one: ProgramPlan | None) -> dict[str, Any] | None:
         },
         "fits": one.fits,
         "flops": one.costs.flops if one.costs else None,
+        "kernel_calls_not_counted": one.costs.kernels if one.costs else None,
         "bytes_accessed": one.costs.bytes if one.costs else None,
         "bytes_accessed_by_stand_in": one.costs.apart if one.costs else None,
         "loops_of_unknown_length": one.costs.unknown_loops if one.costs else None,

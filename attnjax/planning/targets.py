@@ -147,9 +147,9 @@ def prepare(target: PlanTarget) -> None:
     """Set up this process for `target`; before jax has touched a device."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    # Messages about the devices that are, rightly, not found.
     # No TPU is touched, so several processes may plan at a time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Messages about the devices that are, rightly, not found.
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")

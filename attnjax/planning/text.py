@@ -86,6 +86,8 @@ def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
         products = f"{number(one.costs.flops)}FLOP in matrix products"
         if not one.costs.flops:
             products = "no matrix product (products with a vector became loops)"
+        if one.costs.kernels:
+            products += f", not counting {count(one.costs.kernels, 'kernel call')}"
         aside = ""
         if one.costs.apart:
             aside = f", {size(one.costs.apart)} of it by attention's stand-in"

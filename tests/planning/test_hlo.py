@@ -175,3 +175,11 @@ def test_a_compiled_module_names_the_files_that_traced_it():
     module = _module(_scan, (LAYERS, WIDTH, WIDTH), (ROWS, WIDTH))
     assert hlo.costs(module, "test_hlo.py").apart > 0
     assert hlo.costs(module, "nowhere.py").apart == 0
+
+
+@pytest.mark.parametrize("target", ["tpu_custom_call", "mosaic_gpu_v2"])
+def test_kernels_whose_products_are_not_counted_are_told(target):
+    call = f'custom-call(%y), custom_call_target="{target}"'
+    text = STACKS.replace("negate(%y)", call)
+    assert hlo.costs(hlo.parse(text)).kernels == 1
+    assert hlo.costs(hlo.parse(STACKS)).kernels == 0
