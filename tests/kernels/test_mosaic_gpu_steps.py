@@ -38,6 +38,20 @@ MASKS = {
     ),
     "function": (kernels.Causal() & kernels.MaskFn(every_third), {}, "table"),
     "kv mask": (kernels.Full(), {"kv_mask": packed() == 2}, "table"),
+    "block lists": (
+        kernels.Causal() & kernels.BlockLists(64, 128, ((0,), (0,), (1,), (), (0, 2))),
+        {},
+        "table",
+    ),
+    "block mask": (
+        kernels.BlockMask(128, 128),
+        {
+            "block_mask": jnp.asarray([[1, 0, 0], [0, 0, 1], [1, 1, 1]], bool)[
+                None, None
+            ]
+        },
+        "table",
+    ),
     "offset": (
         kernels.Causal(),
         {"q_positions": jnp.arange(T, dtype=jnp.int32)[None] - 130},

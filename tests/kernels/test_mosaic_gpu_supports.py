@@ -25,6 +25,10 @@ class EveryOther:
         return (q - k) % (self.stride + 0 * h) == 0
 
 
+def of_four_axes(b, h, q, k):
+    return q[:, :, :, 0] == k[:, :, 0]
+
+
 def rooted(s, b, h, q, k):
     return jnp.sqrt(jnp.abs(s))
 
@@ -88,8 +92,18 @@ REFUSED = {
     ),
     "four axes": (
         "one head's tile [t, s], on which it fails",
-        AttentionSpec(kernels.BlockLists(128, 128, ((0,), (0, 1)))),
+        AttentionSpec(kernels.MaskFn(of_four_axes)),
         {},
+    ),
+    "small blocks": (
+        "64 queries and 128 keys or multiples, not 64 and 64",
+        AttentionSpec(kernels.BlockLists(64, 64, ((0,), (0, 1), (0,), (2,)))),
+        {},
+    ),
+    "blocks at an offset": (
+        "finds the blocks of BlockLists without positions alone",
+        AttentionSpec(kernels.BlockLists(128, 128, ((0,), (0, 1)))),
+        {"q_offset": jax.ShapeDtypeStruct((), jnp.int32)},
     ),
     "a relative bias": (
         "'relative_bias' is a table",
@@ -133,6 +147,10 @@ LOWERED = {
     ),
     "float16": (AttentionSpec(CAUSAL, return_lse=True), {"dtype": jnp.float16}),
     "window": (AttentionSpec(kernels.SlidingWindow(9, 4, sinks=2)), {}),
+    "block lists": (
+        AttentionSpec(CAUSAL | kernels.BlockLists(64, 128, ((0,), (1,), (), (0,)))),
+        {},
+    ),
     "neighbourhood": (
         AttentionSpec(
             kernels.Neighborhood((16, 16), window=5, dilation=2) | kernels.Dilated(7)

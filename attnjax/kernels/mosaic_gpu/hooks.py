@@ -6,6 +6,7 @@ the others are spread over it, so that every function stays elementwise.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from attnjax.kernels import tiles
-from attnjax.kernels.masks import Tile
+from attnjax.kernels.masks import Mask, Tile
+from attnjax.kernels.mosaic_gpu.by_blocks import BLOCK_MASK, block_lists, seen, table_of
 from attnjax.kernels.mosaic_gpu.inline import inline
 from attnjax.kernels.mosaic_gpu.shim import Machine
 from attnjax.kernels.mosaic_gpu.steps import Grid
@@ -29,8 +31,9 @@ class Held:
 
     Attributes:
         name: its name.
-        kind: "number" [b, h], "row" [b, h, T], "column" [b, h, S] or "tile"
-            [b, h, T, S], transposed where the kernel's tiles are; b and h may be 1.
+        kind: "number" [b, h], "row" [b, h, T], "column" [b, h, S], "tile"
+            [b, h, T, S], transposed where the kernel's tiles are, or "blocks"
+            [b, h, NQ, NK] of a mask by blocks; b and h may be 1.
         per_batch, per_head: whether it differs along those axes.
         is_bool: stored as int32, read as a boolean.
     """
@@ -60,14 +63,23 @@ def hold(grid: Grid, operands: Arrays) -> tuple[tuple[Held, ...], list[jax.Array
     """Arrange padded operands for a kernel."""
     known = tiles.declarations(grid.request.spec)
     held, arrays = [], []
+    lists = block_lists(grid.request.spec.mask)
+    operands = {
+        **operands,
+        **{n: jnp.asarray(table_of(mask)) for n, mask in lists.items()},
+    }
     for name in sorted(operands):
-        array = as_rank4(operands[name], known[name].axes)
+        blocks = name in lists or name == BLOCK_MASK
+        axes = "bhts" if blocks else known[name].axes
+        array = as_rank4(operands[name], axes)
         is_bool = array.dtype == jnp.bool_
         whole = is_bool or jnp.issubdtype(array.dtype, jnp.integer)
         array = array.astype(jnp.int32 if whole else jnp.float32)
         b, h, t, s = array.shape
         kind = ("number", "column", "row", "tile")[2 * (t > 1) + (s > 1)]
-        if kind != "tile":
+        if blocks:
+            kind = "blocks"
+        elif kind != "tile":
             array = array.reshape(b, h, -1)
         elif grid.transposed:
             array = array.swapaxes(2, 3)
@@ -154,10 +166,30 @@ class Hooks:
             value = self.machine.spread(value, shape, axis)
         return value != 0 if x.is_bool else value
 
+    def _look_up(self, shape, q_first, k_first, mask: Mask):
+        """Whether the block that holds the tile is seen: blocks are whole tiles."""
+        names = {node: name for name, node in block_lists(self._mask).items()}
+        name = names.get(mask, BLOCK_MASK)
+        x = next(x for x in self.held if x.name == name)
+        ref = self.refs[self.held.index(x)]
+        b = self.head[0] if x.per_batch else 0
+        h = self.head[1] if x.per_head else 0
+        i = jax.lax.div(q_first, jnp.int32(mask.block_q))
+        j = jax.lax.div(k_first, jnp.int32(mask.block_k))
+        rows, columns = ref.shape[2:]
+        marked = ref[b, h, jnp.minimum(i, rows - 1), jnp.minimum(j, columns - 1)]
+        inside = (i < rows) & (j < columns)
+        return jnp.broadcast_to((marked != 0) & inside, shape)
+
+    @property
+    def _mask(self) -> Mask:
+        return self.grid.request.spec.mask
+
     def visible(self, tile: Tile, shape, q_first, k_first) -> jax.Array | None:
         """The whole mask of a tile: the spec's, of keys, and of padding."""
         request, swap = self.grid.request, self.grid.transposed
-        parts = [request.spec.mask.visible(tile)]
+        look_up = functools.partial(self._look_up, shape, q_first, k_first)
+        parts = [seen(request.spec.mask, tile, look_up)]
         if "kv_mask" in {x.name for x in self.held}:
             parts.append(tile.operands["kv_mask"])
         if self.grid.kv_len != request.kv_len and self.grid.form == "table":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from attnjax.kernels import tile_math, tiles
 from attnjax.kernels.masks import Tile
+from attnjax.kernels.mosaic_gpu import by_blocks
 from attnjax.kernels.mosaic_gpu.inline import WRAPPERS
 from attnjax.kernels.mosaic_gpu.tiles import MAX_DIM
 from attnjax.kernels.request import Request
@@ -32,7 +33,7 @@ INLINED = frozenset({*WRAPPERS, "add_any"})
 
 def reason(request: Request) -> str | None:
     """Why the request cannot be computed, or None."""
-    checks = (_device, _arrays, _fields, _operands, _functions)
+    checks = (_device, _arrays, _fields, by_blocks.refusal, _operands, _functions)
     return next((found for check in checks if (found := check(request))), None)
 
 
@@ -71,7 +72,8 @@ def _fields(request: Request) -> str | None:
 def _operands(request: Request) -> str | None:
     late = request.spec.epilogue_operands
     for operand in request.spec.operands:
-        if operand.axes == "*" and operand not in late:
+        whole = operand.axes == "*" and operand.name != by_blocks.BLOCK_MASK
+        if whole and operand not in late:
             return (
                 f"reads operands by tile; {operand.name!r} is a table that would be "
                 "gathered from"
@@ -89,7 +91,7 @@ def _functions(request: Request) -> str | None:
 def _lacking(spec: AttentionSpec, shapes) -> str | None:
     """The first operation of the spec's functions that Mosaic GPU does not lower."""
     parts = {
-        "mask": lambda tile, s: spec.mask.visible(tile),
+        "mask": lambda tile, s: by_blocks.seen(spec.mask, tile, lambda _: s > 0),
         "score": lambda tile, s: _with_gradient(spec, tile, s),
         "weight_map": lambda tile, s: _weighed(spec.weight_map, s),
     }
