@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,24 @@ def run(
             continue
         rows[name] = {"state": "begun"}
         _save(path, report)
-        rows[name] = {"state": "done", **make()}
+        rows[name] = _attempt(make)
         _save(path, report)
         print(f"{name}: {_summary(rows[name])}", flush=True)
     report["left"] = [name for name in work if name not in rows]
     _save(path, report)
     return report
+
+
+def _attempt(make: Callable[[], dict]) -> dict[str, Any]:
+    """A row, or what went wrong with it: a kernel that fails must not cost the time
+    of the others."""
+    try:
+        return {"state": "done", **make()}
+    except UserError:
+        raise
+    except Exception as error:
+        lines = traceback.format_exception_only(error)
+        return {"state": "failed", "error": "".join(lines)[:2000]}
 
 
 def _work(settings: Settings) -> dict[str, Callable[[], dict]]:
@@ -127,7 +140,8 @@ def check(settings: Settings, variant: Variant) -> dict[str, Any]:
     within `ALLOWED` of the yardstick's and its gradients repeat bit for bit.
 
     The yardstick is cuDNN on the variant, or on plain attention of the same sizes
-    where it cannot compute the variant; blocked where there is no cuDNN.
+    where it cannot compute the variant; blocked, which rounds results alone and so
+    is stricter, where there is no cuDNN.
     """
     given = draw(variant, settings.checked, seed=1)
     wanted = _exact(variant, given)
@@ -347,6 +361,8 @@ def _save(path: Path, report: dict[str, Any]) -> None:
 
 
 def _summary(row: dict[str, Any]) -> str:
+    if row["state"] == "failed":
+        return f"FAILED: {row['error'].splitlines()[0][:200]}"
     if "verdict" in row:
         more = f", worst ratio {row['worst_ratio']:.2f}" if "worst_ratio" in row else ""
         return row["verdict"] + more
@@ -372,6 +388,9 @@ def print_report(report: dict[str, Any]) -> None:
     if lines:
         columns = ("time", "fwd ms", "fwd+bwd ms", "fwd TFLOP/s", "bwd TFLOP/s")
         tables.show(columns, lines)
+    for name, row in rows.items():
+        if row["state"] == "failed":
+            print(f"{name}: {_summary(row)}")
     stuck = [name for name, row in rows.items() if row["state"] == "begun"]
     if stuck:
         print(f"begun and never finished: {', '.join(stuck)}")
@@ -379,8 +398,8 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _check_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    if row["state"] == "begun":
-        return ("never finished", "", "", "")
+    if row["state"] != "done":
+        return ({"begun": "never finished"}.get(row["state"], "FAILED"), "", "", "")
     if "worst_ratio" not in row:
         return (row["verdict"], "", "", "")
     ratio = f"{row['worst_ratio']:.2f}"

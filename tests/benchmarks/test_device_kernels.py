@@ -86,6 +86,24 @@ def test_a_wrong_kernel_fails_its_check(settings, monkeypatch):
     assert row["worst_ratio"] > device_kernels.ALLOWED
 
 
+def test_a_kernel_that_fails_does_not_stop_the_others(
+    settings, monkeypatch, tmp_path, capsys
+):
+    def fail(*_):
+        raise NotImplementedError("cannot lower\nthis")
+
+    stand = Stand()
+    stand.run = fail
+    monkeypatch.setitem(device_kernels.MODULES, "mosaic_gpu", stand)
+    path = tmp_path / "here.json"
+    report = device_kernels.run("check", path=path, settings=settings)
+    assert [row["state"] for row in report["rows"].values()] == ["failed", "failed"]
+    device_kernels.print_report(report)
+    shown = capsys.readouterr().out
+    assert "check plain: FAILED: NotImplementedError: cannot lower" in shown
+    assert report["left"] == []
+
+
 def test_a_row_that_never_finished_is_passed_over(settings, tmp_path, capsys):
     path = tmp_path / "here.json"
     report = device_kernels.run("check plain", path=path, settings=settings)
