@@ -83,32 +83,38 @@ CASES = {
 }
 
 
-def arrays(kv_heads, *, batch=B, heads=H, dtype=jnp.float32):
+def arrays(kv_heads, *, batch=B, heads=H, tokens=T, dtype=jnp.float32):
     rng = np.random.default_rng(7)
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    q = normal(batch, T, heads, D)
-    k, v = normal(batch, T, kv_heads, D), normal(batch, T, kv_heads, E)
-    ids = np.repeat([1, 2, 0, 3], [6, 5, 2, 6])
+    q = normal(batch, tokens, heads, D)
+    k, v = normal(batch, tokens, kv_heads, D), normal(batch, tokens, kv_heads, E)
+    ids = np.repeat([1, 2, 0, 3], [6, 5, 2, 6])[:tokens]
     segments = jnp.asarray(np.stack([ids, ids[::-1]])[:batch], jnp.int32)
     pool = {
-        "bias": normal(1, heads, T, T),
+        "bias": normal(1, heads, tokens, tokens),
         "alibi_slopes": normal(heads),
         "sink": normal(heads),
         "head_scale": normal(heads),
         "head_norm": normal(1, E),
-        "output_gate": normal(batch, T, heads, E),
+        "output_gate": normal(batch, tokens, heads, E),
         "strength": normal(heads),
-        "tilt": 0.3 * normal(batch, 1, T),
-        "slant": normal(1, heads, T),
+        "tilt": 0.3 * normal(batch, 1, tokens),
+        "slant": normal(1, heads, tokens),
         "prefix_len": jnp.asarray([3, 12], jnp.int32)[:batch],
         "q_segment_ids": segments,
         "k_segment_ids": segments,
         "reach": jnp.asarray([0, 3, 50, -1], jnp.int32)[:heads],
     }
-    return q, k, v, pool, (normal(batch, T, heads, E), normal(batch, T, heads))
+    return (
+        q,
+        k,
+        v,
+        pool,
+        (normal(batch, tokens, heads, E), normal(batch, tokens, heads)),
+    )
 
 
 def operands_of(spec, pool):
@@ -196,7 +202,7 @@ def test_copies_and_cores_do_not_race(name):
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     spec = CASES[name][0] if name in CASES else AttentionSpec(mask=PACKED)
-    q, k, v, pool, cotangents = arrays(1, batch=1, heads=2)
+    q, k, v, pool, cotangents = arrays(1, batch=1, heads=2, tokens=11)
     given = (q, k, v, operands_of(spec, pool), cotangents)
     how = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     form = functools.partial(run, interpret=how)
@@ -217,10 +223,11 @@ def grads(form, q, k, v, spec, operands=()):
 
 
 def test_vmap_over_seeds_and_over_segments():
-    q, k, v, pool, _ = arrays(1, batch=1, heads=2)
+    q, k, v, _, _ = arrays(1, batch=1, heads=2, tokens=11)
     many = jnp.stack([q, 2 * q, -q])
-    ids = pool["q_segment_ids"]
-    packs = jnp.stack([ids, ids[:, ::-1], ids + 1])
+    # Blocks of 8: the first of these sees nothing in a tile that the others see.
+    ids = jnp.asarray([[1] * 8 + [2] * 3], jnp.int32)
+    packs = jnp.stack([ids, ids[:, ::-1], 0 * ids + 1])
 
     def one(form, q, ids):
         operands = {"q_segment_ids": ids, "k_segment_ids": ids}
@@ -233,7 +240,7 @@ def test_vmap_over_seeds_and_over_segments():
 
 def test_shard_map_sums_the_gradients_of_what_is_shared():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    q, k, v, pool, _ = arrays(1, heads=1)
+    q, k, v, pool, _ = arrays(1, heads=1, tokens=11)
     spec = AttentionSpec(mask=PACKED, score=kernels.ALiBi())
     cuts = (P("data"),) * 3 + (P(), P("data"))
 
