@@ -4,6 +4,7 @@ At these sizes the passes over the scores are the cost, not their memory, so the
 derivative is written by hand with as few of them as possible.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.kernels import tile_math, tiles
+from attnjax.kernels.masks import Mask
 from attnjax.kernels.request import Request
 
 Arrays = Mapping[str, jax.Array]
@@ -51,11 +53,25 @@ def _whole_tile(request: Request, operands: Arrays):
     tile = tiles.make_tile(request, operands, place)
     mask = request.spec.mask
     if request.static_positions and not mask.operands and "kv_mask" not in operands:
-        with jax.ensure_compile_time_eval():
-            constant = mask.visible(tiles.make_tile(request, {}, place))
-            constant = np.asarray(True if constant is None else constant)
-        return tile, None if constant.all() else constant
+        sizes = (request.batch, request.num_heads, request.q_len, request.kv_len)
+        return tile, _constant_mask(mask, *sizes)
     return tile, tiles.visible(request.spec, tile)
+
+
+@functools.lru_cache(maxsize=128)
+def _constant_mask(
+    mask: Mask, batch: int, num_heads: int, q_len: int, kv_len: int
+) -> np.ndarray | None:
+    """What a mask of indices alone shows of the whole; None for everything."""
+
+    def evaluate():
+        tile = tiles.index_tile(batch, num_heads, (0, q_len, 0, kv_len))
+        visible = mask.visible(tile)
+        return jnp.ones((), bool) if visible is None else visible
+
+    with jax.ensure_compile_time_eval():
+        constant = np.asarray(jax.jit(evaluate)())
+    return None if constant.all() else constant
 
 
 def backward(request: Request, qkv, operands: Arrays, kept, cotangents):

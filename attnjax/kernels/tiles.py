@@ -59,22 +59,34 @@ def cut(array: jax.Array, axes: str, place: Place) -> jax.Array:
     return as_rank4(array, axes)
 
 
+def index_tile(batch: int, num_heads: int, place: Place) -> Tile:
+    """Index arrays at `place`, positions counting up, without operands."""
+    q_first, q_size, k_first, k_size = place
+    queries = jnp.arange(q_size, dtype=jnp.int32) + q_first
+    keys = jnp.arange(k_size, dtype=jnp.int32) + k_first
+    return Tile(
+        b=jnp.arange(batch, dtype=jnp.int32)[:, None, None, None],
+        h=jnp.arange(num_heads, dtype=jnp.int32)[None, :, None, None],
+        q=queries[None, None, :, None],
+        k=keys[None, None, None, :],
+        operands={},
+        contiguous=True,
+    )
+
+
 def make_tile(
     request: Request, operands: Mapping[str, jax.Array], place: Place
 ) -> Tile:
     """Index arrays and operand tiles at `place`."""
-    q_first, q_size, k_first, k_size = place
     known = declarations(request.spec)
     cuts = {
         name: cut(array, known[name].axes, place) for name, array in operands.items()
     }
-    queries = jnp.arange(q_size, dtype=jnp.int32) + q_first
-    keys = jnp.arange(k_size, dtype=jnp.int32) + k_first
-    return Tile(
-        b=jnp.arange(request.batch, dtype=jnp.int32)[:, None, None, None],
-        h=jnp.arange(request.num_heads, dtype=jnp.int32)[None, :, None, None],
-        q=cuts.pop("q_positions", queries[None, None, :, None]),
-        k=cuts.pop("k_positions", keys[None, None, None, :]),
+    tile = index_tile(request.batch, request.num_heads, place)
+    return dataclasses.replace(
+        tile,
+        q=cuts.pop("q_positions", tile.q),
+        k=cuts.pop("k_positions", tile.k),
         operands=cuts,
         contiguous=not {"q_positions", "k_positions"} & set(operands),
     )

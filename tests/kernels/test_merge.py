@@ -16,10 +16,7 @@ MAPS = {
     "bounded, off by one": kernels.Softmax("off_by_one", bound=30.0),
     "softpick": kernels.Softpick(),
     "softplus": kernels.SoftplusL1(eps=0.3),
-    "polynomial": kernels.Polynomial(eps=0.1),
-    "relu squared": kernels.ReluPower(2, normalise=True),
     "sigmoid": kernels.Sigmoid(-1.0),
-    "elu": kernels.EluPlusOne(),
 }
 T, CUTS = 13, ((0, 4), (4, 9), (9, 13))
 
