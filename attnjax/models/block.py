@@ -87,6 +87,9 @@ class Block(nnx.Module):
     def run_streams(self, streams: dict, ctx: Context, *, added=()) -> dict:
         """The raw extra streams [1, S, C] after this layer.
 
+        Losses, records and running means are those of x: of a stream's own pass only
+        what it adds to the stream is kept.
+
         Args:
             ctx: its `streams` are the normed ones.
             added: by name, what the mixer has already worked out.
@@ -101,7 +104,7 @@ class Block(nnx.Module):
                 y, out = self.mixer(ctx.streams[name], alone)
                 y = out.streams.get(name, y)
             after[name] = self._add(stream, y, ctx, 2)
-        if before:  # Running means are of x alone.
+        if before:
             kept = nnx.state(self.mixer, nn.Buffer)
             nnx.replace_by_pure_dict(kept, before)
             nnx.update(self.mixer, kept)

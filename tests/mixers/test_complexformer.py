@@ -159,4 +159,8 @@ def test_added_parameters_are_two_numbers_a_pair_and_one_a_head():
 def test_sizes_that_do_not_fit_are_refused(options, text):
     dims = MixerDims(embed_dim=C, num_heads=H, num_kv_heads=K, head_dim=D)
     with pytest.raises(UserError, match=text):
-        complexformer.Mixer(complexformer.Config(**options), dims, rngs=nnx.Rngs(0))
+        nnx.eval_shape(
+            lambda: complexformer.Mixer(
+                complexformer.Config(**options), dims, rngs=nnx.Rngs(0)
+            )
+        )

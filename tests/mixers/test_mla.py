@@ -121,10 +121,8 @@ def test_the_keys_of_all_heads_have_at_most_the_rank_of_the_latent():
     assert np.linalg.matrix_rank(stacked, tol=1e-4) == 3
 
 
-@pytest.mark.parametrize(
-    "rope", [{}, {"scaling": "yarn", "factor": 8.0, "original_len": 8}]
-)
-def test_shifting_all_positions_leaves_the_scores(rope):
+def test_shifting_all_positions_leaves_the_scores():
+    rope = {"scaling": "yarn", "factor": 8.0, "original_len": 8}
     s = subject(mla, {"rope": rope, "rope_dim": 8})
     x, ctx = samples.sample(s)
     probe = Hook("scores", "scores")
@@ -217,7 +215,9 @@ def test_gates_on_keys_and_values_are_refused_when_built(position):
     dims = MixerDims(embed_dim=C, num_heads=H, num_kv_heads=H, head_dim=D)
     output = ({"type": "gated_attention", "position": position},)
     with pytest.raises(UserError, match="made from the cached latent.*changes the"):
-        mla.Mixer(mla.Config(output=output), dims, rngs=nnx.Rngs(0))
+        nnx.eval_shape(
+            lambda: mla.Mixer(mla.Config(output=output), dims, rngs=nnx.Rngs(0))
+        )
 
 
 @pytest.mark.parametrize(
