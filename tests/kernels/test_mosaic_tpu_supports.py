@@ -213,10 +213,10 @@ def test_documents_are_skipped_in_each_row_of_the_batch():
     assert [step[:3] for step in second[3:6]] == [(1, 0, 2), (1, 1, 1), (1, 1, 0)]
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_padding_of_queries_and_keys_is_masked(known):
-    operands = {} if known else {"kv_mask": jnp.ones((1, 40), bool)}
-    _, kinds = kinds_of(AttentionSpec(), operands, t=40)
+@pytest.mark.parametrize("mask", [kernels.Full(), kernels.Prefix()])
+def test_padding_of_queries_and_keys_is_masked(mask):
+    operands = {"prefix_len": jnp.asarray([100])} if mask.operands else {}
+    _, kinds = kinds_of(AttentionSpec(mask=mask), operands, t=40)
     assert (kinds[0, :2, :2] == steps.FULL).all()
     assert (kinds[0, 2] == steps.PARTIAL).all()
     assert (kinds[0, :, 2] == steps.PARTIAL).all()
