@@ -1,6 +1,7 @@
 """When the TPU kernels are taken, and which tiles they visit."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,19 @@ def test_auto_takes_the_kernels_on_a_tpu_and_says_so():
         lambda q, k, v: kernels.attention(q, k, v, CAUSAL, target=TPU)
     )(*shapes())
     assert "pallas_call" in str(traced)
+
+
+def test_products_of_mixed_dtypes_are_float32():
+    q, k, v = shapes()
+    wide = jax.ShapeDtypeStruct(k.shape, jnp.float32)
+    with jax.numpy_dtype_promotion("strict"):
+        traced = jax.make_jaxpr(
+            lambda q, k, v: kernels.attention(q, k, v, CAUSAL, target=TPU)
+        )(q, wide, v)
+    assert traced.out_avals[0].dtype == jnp.bfloat16
+    assert re.search(r"f32\[\d+,\d+\] = dot_general", str(traced))
+    assert "preferred_element_type=float32" in str(traced)
+    assert "HIGHEST" in str(traced)
 
 
 def table_score(s, b, h, q, k, table):

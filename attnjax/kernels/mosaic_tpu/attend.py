@@ -72,7 +72,8 @@ def _forward(plan: BlockPlan, interpret, qkv, operands, late, *, keep_core=False
 
 def _heads(plan: BlockPlan, q, k, v):
     """q, k and v heads first, padded to whole blocks, in the dtype of products."""
-    dtype = jnp.result_type(q, k, v)
+    narrow = set(plan.request.dtypes) == {"bfloat16"}
+    dtype = jnp.bfloat16 if narrow else jnp.float32
     q_len, kv_len = plan.num_q * plan.block_q, plan.num_k * plan.block_k
     lengths = (q_len, kv_len, kv_len)
     pairs = zip((q, k, v), lengths, strict=True)
