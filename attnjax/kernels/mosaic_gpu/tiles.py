@@ -11,6 +11,8 @@ COMPUTE_WARPGROUPS = 2
 # Rows that one block of threads owns.
 BLOCK = ROWS * COMPUTE_WARPGROUPS
 MAX_DIM = 256
+# Rows of a streamed tile that divide a block.
+STEPS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,8 @@ class Tiles:
     ping_pong: bool = True
 
     def __post_init__(self):
-        if self.step not in (ROWS, BLOCK):
-            raise ValueError(
-                f"Tiles: step must be {ROWS} or {BLOCK}; got step={self.step}."
-            )
+        if self.step not in STEPS:
+            raise ValueError(f"Tiles: step must be one of {STEPS}; got {self.step}.")
         if self.stages < 1:
             raise ValueError(
                 f"Tiles: stages must be at least 1; got stages={self.stages}."
@@ -80,7 +80,7 @@ def forward_tiles(head_dim: int, value_dim: int) -> Tiles:
 
 
 def backward_tiles(head_dim: int, value_dim: int) -> Tiles:
-    """Tiles of the backward kernels."""
+    """Tiles of the backward kernels; at D = E = 256 the ring holds one tile."""
     tiles = _fitting(backward_bytes, head_dim, value_dim, (64,))
     return dataclasses.replace(tiles, ping_pong=False)
 
