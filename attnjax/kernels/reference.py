@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.kernels import epilogue, tiles
+from attnjax.kernels.masks import Tile
 from attnjax.kernels.request import Request
 from attnjax.kernels.reweight import Reweight
+from attnjax.kernels.spec import AttentionSpec
+from attnjax.kernels.weight_maps import WeightMap
 
 NAME = "reference"
 # Never chosen by "auto": dense scores are asked for by name.
@@ -49,9 +52,7 @@ def run(
         s = tiles.score_chain(spec, tile)(_stop_where(s, mask), trained)
     # Masked scores are replaced before and after the weight map, so that neither
     # values nor gradients of masked places can reach the result.
-    weights, lse = _weights(request, jnp.where(mask, s, 0), mask, operands)
-    if spec.reweight is not None:
-        weights, lse = _taken_again(spec.reweight, weights, tile), None
+    weights, lse = row_weights(spec, jnp.where(mask, s, 0), mask, tile)
     out = tiles.heads_first(tiles.mix(weights, heads[2], highest))
     out = epilogue.run_steps(spec.epilogue, out, given).astype(q.dtype)
     return out, None if lse is None else jnp.swapaxes(lse, 1, 2)
@@ -75,14 +76,33 @@ def _stop_where_bwd(mask, ct):
 _stop_where.defvjp(_stop_where_fwd, _stop_where_bwd)
 
 
-def _weights(
-    request: Request, s: jax.Array, mask: jax.Array, operands: Mapping[str, jax.Array]
+def row_weights(
+    spec: AttentionSpec, s: jax.Array, mask: jax.Array, tile: Tile
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Weights [B, H, T, S] and log-sum [B, H, T] (None when nothing is summed)."""
-    weight_map = request.spec.weight_map
+    """What scores become: the weight map of whole rows, and `reweight`.
+
+    Args:
+        s: scores [B, H, T, S], finite at masked places too.
+        mask: bool [B, H, T, S], what is seen.
+        tile: the tile that covers everything; its operands are read.
+
+    Returns:
+        weights [B, H, T, S], and log-sums [B, H, T], None when nothing is summed or
+        rows are reweighted.
+    """
+    weights, lse = _weights(spec.weight_map, s, mask, tile)
+    if spec.reweight is None:
+        return weights, lse
+    return _taken_again(spec.reweight, weights, tile), None
+
+
+def _weights(
+    weight_map: WeightMap, s: jax.Array, mask: jax.Array, tile: Tile
+) -> tuple[jax.Array, jax.Array | None]:
+    """Weights and log-sum of the weight map alone."""
     if not weight_map.needs_sum:
         return jnp.where(mask, weight_map.unnormalized(s, None), 0), None
-    sink = weight_map.sink_logit(operands)
+    sink = weight_map.sink_logit(tile.operands)
     low = jnp.where(mask, s, -jnp.inf)
     row_max = jnp.max(low, axis=-1, keepdims=True)
     if sink is not None:
@@ -107,7 +127,7 @@ def _weights(
     return u / safe, lse[..., 0]
 
 
-def _taken_again(reweight: Reweight, p: jax.Array, tile) -> jax.Array:
+def _taken_again(reweight: Reweight, p: jax.Array, tile: Tile) -> jax.Array:
     """Finished rows of weights [B, H, T, S], reweighted."""
     peak = jax.lax.stop_gradient(jnp.max(p, axis=-1, keepdims=True))
     b = reweight.apply(p, peak, tile)
