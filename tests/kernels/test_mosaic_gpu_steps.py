@@ -77,12 +77,14 @@ def dense(request, operands):
 def visits(grid, operands):
     """{(b, i, j): whether it is visited without a mask}; a tile twice fails."""
     found, arrays = steps.make_steps(grid, hooks.pad_operands(grid, operands))
+    refs = [np.asarray(x) for x in arrays]
+    index = int if refs else jnp.int32
     seen = {}
     for b in range(B):
         for owner in range(grid.owners):
-            full, count = map(int, found.bounds(arrays, b, jnp.int32(owner)))
+            full, count = map(int, found.bounds(refs, b, index(owner)))
             for n in range(count):
-                j = int(found.block(arrays, b, jnp.int32(owner), jnp.int32(n)))
+                j = int(found.block(refs, b, index(owner), index(n)))
                 place = (b, j, owner) if grid.transposed else (b, owner, j)
                 assert place not in seen
                 seen[place] = n < full
