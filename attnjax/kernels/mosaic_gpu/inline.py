@@ -8,7 +8,6 @@ what they stand for is.
 from collections.abc import Callable
 
 import jax
-from jax.extend import core
 
 WRAPPERS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
@@ -24,7 +23,9 @@ def _evaluate(jaxpr, consts, args) -> list:
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(x):
-        return x.val if isinstance(x, core.Literal) else env[x]
+        # Literals hold their value; variables do not. (Their classes live in
+        # jax.extend, which imports all of Pallas.)
+        return x.val if hasattr(x, "val") else env[x]
 
     for eqn in jaxpr.eqns:
         name, values = eqn.primitive.name, [read(x) for x in eqn.invars]
