@@ -154,6 +154,7 @@ class Mixer(nnx.Module):
     def __init__(self, config: Config, dims: MixerDims, *, rngs: nnx.Rngs):
         heads = sizes.heads_of(config, dims)
         chosen = options.resolve(config.output, heads)
+        options.check_weight_maps(config.weight_map, chosen)
         after = options.heads_after(chosen, heads)
         if dims.kernel != "auto":
             _check_kernel(dims.kernel)

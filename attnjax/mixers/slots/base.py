@@ -89,6 +89,13 @@ class Slot(nnx.Module):
         return heads
 
     @staticmethod
+    def weight_map_of(config) -> str | None:
+        """Its name if `attend` puts another weight map in softmax's place: a layer
+        has one weight map, so two are refused."""
+        del config
+        return None
+
+    @staticmethod
     def parameter_count(config, heads: Heads, dims: MixerDims) -> int:
         """Number of parameters of this slot."""
         raise NotImplementedError

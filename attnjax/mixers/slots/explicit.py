@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax import kernels
-from attnjax.kernels import tiles
+from attnjax.kernels import epilogue, tiles
 from attnjax.mixers.slots.base import Call
 
 
@@ -21,12 +21,12 @@ def attention(
     spec: kernels.AttentionSpec,
     operands: Mapping[str, jax.Array],
     call: Call,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`kernels.attention` with the hooks "scores" and "weights", [B, H, T, S] each.
 
     Interventions on scores come before the mask: what is hidden stays hidden, and
     records hold -inf there. Interventions on weights come last and are used as they
-    are, without another normalisation.
+    are, without another normalisation: they come after the second pass of `reweight`.
 
     Args:
         query: [B, T, H, D].
@@ -36,11 +36,13 @@ def attention(
         call: has the hooks.
 
     Returns:
-        [B, T, H, E] in the dtype of `query`.
+        [B, T, H, E] in the dtype of `query`, and with `return_lse` the log-sums
+        [B, T, H].
     """
     target = kernels.default_target()
     request = kernels.make_request(query, key, value, spec, operands, target)
-    operands = tiles.place_queries(operands, request.q_len)
+    given = operands
+    operands = tiles.place_queries(tiles.of_tiles(spec, operands), request.q_len)
     tile = tiles.make_tile(request, operands, (0, request.q_len, 0, request.kv_len))
     mask = tiles.visible(spec, tile)
     wide = request.compute_dtype
@@ -50,27 +52,55 @@ def attention(
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     call.record("scores", scores, head_axis=1)
-    weights = _weights(spec, scores, operands)
+    weights, lse = _weights(spec, scores, operands)
+    if spec.reweight is not None:
+        weights = _taken_again(spec.reweight, weights, tile)
     weights = call.probe("weights", weights, head_axis=1)
-    return tiles.heads_first(tiles.mix(weights, v)).astype(query.dtype)
+    out = tiles.heads_first(tiles.mix(weights, v))
+    out = epilogue.run_steps(spec.epilogue, out, given).astype(query.dtype)
+    return (out, jnp.swapaxes(lse, 1, 2)) if spec.return_lse else out
 
 
-def _weights(spec: kernels.AttentionSpec, scores: jax.Array, operands) -> jax.Array:
-    """The weight map on whole rows; a row that sees nothing is 0."""
+def _weights(spec: kernels.AttentionSpec, scores: jax.Array, operands):
+    """The weight map on whole rows, and their log-sums [B, H, T] (None without a
+    sum); a row that sees nothing is 0."""
     weight_map = spec.weight_map
+    seen = scores > -jnp.inf
+    # Formulas get finite scores: not all of them are 0, or finite, at -inf.
+    finite = jnp.where(seen, scores, 0)
     if not weight_map.needs_sum:
-        return weight_map.unnormalized(scores, None)
+        return jnp.where(seen, weight_map.unnormalized(finite, None), 0), None
     sink = weight_map.sink_logit(dict(operands))
     if sink is not None:
         sink = jnp.reshape(jnp.asarray(sink, scores.dtype), (1, -1, 1, 1))
-    row_max = jnp.zeros((), scores.dtype)
-    if weight_map.needs_max:
-        row_max = jnp.max(scores, axis=-1, keepdims=True)
-        row_max = row_max if sink is None else jnp.maximum(row_max, sink)
-        row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
-        row_max = jax.lax.stop_gradient(row_max)
-    unnormalized = weight_map.unnormalized(scores, row_max)
-    total = jnp.sum(unnormalized, axis=-1, keepdims=True)
+    shift = _shift(weight_map, scores, sink)
+    found = jnp.where(seen, weight_map.unnormalized(finite, shift), 0)
+    summed = found
+    if weight_map.split:
+        summed = jnp.where(seen, weight_map.summed(finite, shift), 0)
+    total = jnp.sum(summed, axis=-1, keepdims=True)
     if sink is not None:
-        total = total + jnp.exp(sink - row_max)
-    return unnormalized / jnp.where(total > 0, total, 1)
+        total = total + jnp.exp(sink - shift)
+    safe = jnp.where(total > 0, total, 1)
+    lse = jnp.where(total > 0, jnp.log(safe) + shift, -jnp.inf)
+    return found / safe, lse[..., 0]
+
+
+def _shift(weight_map: kernels.WeightMap, scores: jax.Array, sink) -> jax.Array:
+    """The row's maximum where the map is shifted by it, else a constant."""
+    if not weight_map.needs_max:
+        return jnp.asarray(weight_map.bound or 0, scores.dtype)
+    shift = jnp.max(scores, axis=-1, keepdims=True)
+    for least in (sink, weight_map.floor):
+        shift = shift if least is None else jnp.maximum(shift, least)
+    return jax.lax.stop_gradient(jnp.where(shift == -jnp.inf, 0, shift))
+
+
+def _taken_again(reweight: kernels.Reweight, p: jax.Array, tile) -> jax.Array:
+    """The second pass on whole rows of weights [B, H, T, S]."""
+    peak = jax.lax.stop_gradient(jnp.max(p, axis=-1, keepdims=True))
+    b = reweight.apply(p, peak, tile)
+    if not reweight.needs_sum:
+        return b
+    total = jnp.sum(b, axis=-1, keepdims=True) + reweight.extra(peak, tile)
+    return b / jnp.where(total > 0, total, 1)

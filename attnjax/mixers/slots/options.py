@@ -73,6 +73,28 @@ def heads_after(options: list[Option], heads: Heads) -> Heads:
     return heads
 
 
+def check_weight_maps(own: str, options: list[Option]) -> None:
+    """Refuse two weight maps in one layer.
+
+    Args:
+        own: `weight_map` of the layer.
+        options: its entries of `output`.
+
+    Raises:
+        UserError: naming the first two.
+    """
+    maps = [f"weight_map={own!r}"] if own != "softmax" else []
+    for option in options:
+        name = option.slot.weight_map_of(option.config)
+        if name is not None:
+            maps.append(f"{option.name.removeprefix('slot_')} (weight_map={name!r})")
+    if len(maps) > 1:
+        raise UserError(
+            "attention: a layer has one weight map; got "
+            f"{maps[0]} and {maps[1]}. Keep one of them."
+        )
+
+
 def refuse_changes(
     slots: list, places: tuple[str, ...], heads: Heads, dims, *, owner: str, why: str
 ) -> None:
