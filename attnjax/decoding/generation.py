@@ -72,7 +72,7 @@ def generate(
         )
     if max_new_tokens < 1:
         return [[] for _ in prompts]
-    states = model.init_state(arrays, len(prompts), total)
+    states = _start(model, arrays, len(prompts), total)
     key = jax.random.key(seed)
     lengths = jnp.asarray(segments.sum(axis=1), jnp.int32)
     ctx = Context(
@@ -94,6 +94,14 @@ def generate(
                 break
     rows = np.concatenate(columns, axis=1)[:, :max_new_tokens]
     return [_until(row.tolist(), stop_token) for row in rows]
+
+
+def _start(model, arrays, batch: int, total: int) -> list:
+    """Empty states; compiled where extra streams first run through the layers."""
+    make = model.init_state
+    if arrays["streams"]:
+        make = jax.jit(make, static_argnums=(1, 2))
+    return make(arrays, batch, total)
 
 
 def _until(row: list[int], stop_token: int | None) -> list[int]:
