@@ -74,7 +74,6 @@ CASES = [
     ("packed, sink, biases, gate", "all_to_all", {"tensor": 2, "sequence": 2}),
     ("sigmoid, window", "ring", {"tensor": 2, "sequence": 4}),
     ("softplus, low rank, norm", "ring", {"sequence": 8}),
-    ("softplus, low rank, norm", "all_to_all", {"sequence": 4}),
     ("clipped, marks", "all_to_all", {"sequence": 2}),
     ("sigmoid, window", "ring", {"data": 2, "tensor": 2}),
 ]
