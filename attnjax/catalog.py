@@ -95,7 +95,8 @@ def describe(entry: dict[str, Any]) -> str:
     lines += ["", f"options, under config.model.mixers.{entry['name']}"]
     for option in entry["config"]:
         name, kind, default, doc = option_cells(option)
-        lines.append(f"  {name} ({kind}, default {default})")
+        head = f"{name} ({kind}, default {default})"
+        lines += _wrapped(head, first="  ", rest="    ")
         lines += _wrapped(doc, first="      ", rest="      ")
     if entry["example"]:
         lines += ["", *_wrapped(example_words(entry["example"]), first="", rest="  ")]
