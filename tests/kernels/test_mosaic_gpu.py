@@ -39,7 +39,7 @@ def case(spec, *, dtype=jnp.bfloat16, b=1, t=100, s=None, h=2, kv=1, d=64, e=64)
 LOG = kernels.ScoreFn(log_distance, ("strength", "tilt"), ("head", "row"))
 COLUMN = kernels.ScoreFn(column_tilt, ("weight",), ("column",))
 CASES = {
-    "causal over several tiles": case(kernels.AttentionSpec(CAUSAL), t=200),
+    "causal over several tiles": case(kernels.AttentionSpec(CAUSAL), t=200, h=1),
     "packed, log distance, learned sink": case(
         kernels.AttentionSpec(
             mask=CAUSAL & kernels.Segments(),
