@@ -2,8 +2,11 @@
 
 import dataclasses
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,7 @@ class Compiled:
         seconds: of tracing, lowering and compiling.
         choices: the implementations of attention that it holds.
         text: of the optimised module, "" where there is none.
+        unread: why a compiled module has no text, else None.
         arguments, outputs, aliased, temporaries: bytes per device.
         optimal_seconds: XLA's own estimate (TPU), loops counted once; or None.
         needs: bytes of memory that XLA said it lacks room for, where it refused.
@@ -40,6 +44,7 @@ class Compiled:
     seconds: float
     choices: tuple[kernels.Choice, ...] = ()
     text: str = dataclasses.field(default="", repr=False)
+    unread: str | None = None
     arguments: int = 0
     outputs: int = 0
     aliased: int = 0
@@ -76,7 +81,8 @@ def compile_program(program: Program, target: PlanTarget, device) -> Compiled:
     start = time.perf_counter()
     with kernels.watching(ruled_out(target)) as watch:
         try:
-            compiled = program.jitted.lower(*program.arguments).compile()
+            lowered = program.jitted.lower(*program.arguments)
+            compiled, text, unread = compile_lowered(lowered, target)
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             return _failed(program, watch, error, device, time.perf_counter() - start)
     seconds = time.perf_counter() - start
@@ -86,13 +92,41 @@ def compile_program(program: Program, target: PlanTarget, device) -> Compiled:
         program.name,
         seconds,
         tuple(watch.choices),
-        compiled.as_text() or "",
+        text,
+        unread,
         int(memory.argument_size_in_bytes),
         int(memory.output_size_in_bytes),
         int(memory.alias_size_in_bytes),
         int(memory.temp_size_in_bytes),
         cost.get("optimal_seconds") if target.platform == "tpu" else None,
     )
+
+
+def compile_lowered(lowered, target: PlanTarget) -> tuple[Any, str, str | None]:
+    """The executable, the optimised module's text, and why there is none.
+
+    libtpu is newer than the XLA of jaxlib, which cannot read all that it writes; so on
+    TPUs libtpu is told to write the text down itself.
+    """
+    if target.platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, *module_text(compiled)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        return compiled, *module_text(compiled, Path(folder))
+
+
+def module_text(compiled, folder: Path | None = None) -> tuple[str, str | None]:
+    """The optimised module, from what the compiler wrote to `folder` if need be."""
+    try:
+        return compiled.as_text() or "", None
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+    written = sorted(folder.glob("*.after_optimizations.txt")) if folder else []
+    if not written:
+        return "", reason
+    return max(written, key=lambda file: file.stat().st_size).read_text(), None
 
 
 def _failed(program, watch, error, device, seconds) -> Compiled:

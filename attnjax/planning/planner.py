@@ -176,6 +176,8 @@ def _weigh(here, target, compiled: Compiled, *, sizes, model_flops) -> ProgramPl
         return ProgramPlan(*common, compiled.needs, usable)
     total = compiled.arguments + compiled.temporaries
     total += max(0, compiled.outputs - compiled.aliased)
+    if compiled.unread is not None:
+        return ProgramPlan(*common, total, usable)
     module = hlo.parse(compiled.text)
     is_replaced = any(c.used != c.wanted for c in compiled.choices)
     costs = hlo.costs(module, ATTENTION if is_replaced else None)
@@ -232,6 +234,7 @@ def _program_json(one: ProgramPlan | None) -> dict[str, Any] | None:
         "compile_seconds": compiled.seconds,
         "error": compiled.error,
         "failed_kernels": list(compiled.failed_kernels),
+        "unread": compiled.unread,
         "bytes_per_device": {
             "parameters": one.parameters,
             "optimizer": one.optimizer,

@@ -112,7 +112,7 @@ def _rank(plan: Plan):
         return (1, -train.spare)
     if train.estimate is not None:
         return (0, train.estimate.step)
-    return (0, train.costs.bytes)
+    return (0, train.costs.bytes if train.costs is not None else float("inf"))
 
 
 def describe(one: Setting) -> str:

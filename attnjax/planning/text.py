@@ -100,6 +100,11 @@ def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
                 f"  {count(one.costs.unknown_loops, 'loop')} whose length depends on "
                 "data: counted as one turn"
             )
+    if compiled.unread is not None:
+        out.append(
+            "  no FLOPs, traffic, collectives and times: this jaxlib cannot read the "
+            f"compiled module ({compiled.unread})"
+        )
     for row in one.collectives:
         across = f" in {row.nodes} nodes" if row.nodes > 1 else ""
         out.append(

@@ -30,6 +30,13 @@ were compiled, none was run. Mesh, remat policy and micro-batches were chosen by
 cheapest that should fit is compiled, and the first of at most {TRIES} that does fit is
 taken. Memory is per device; step times are lower bounds, tokens/s and MFU upper bounds.
 """.splitlines()
+NOTES = """\
+- MFU counts every pair of tokens of attention, causal or not, but loops over blocks of
+  attention whose length depends on the data are counted as one turn: where products are
+  the bound it may only be said that MFU is at most 100 %.
+- Usable memory is the device's without what the runtime keeps for itself; this and
+  every peak is in `attnjax/planning/chips.py` with its source.
+""".splitlines()
 
 
 def main(words: list[str]) -> None:
@@ -114,9 +121,9 @@ def markdown(rows: dict) -> str:
         "",
         *INTRODUCTION,
         "",
-        "| model | target | setting | memory | usable | fits | step, at least "
-        "| tokens/s, at most | MFU, at most | bound by | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | target | setting | memory, GiB | fits | step, at least "
+        "| tokens/s, at most | MFU, at most | bound by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
         for target in TARGETS:
@@ -129,7 +136,7 @@ def markdown(rows: dict) -> str:
 def _cells(one: dict) -> list[str]:
     if "train" not in one:
         gave_up = f"not compiled in {one['gave_up_after']} s of processor time"
-        return [one["model"], one["target"], "", "", "", gave_up, *[""] * 5]
+        return [one["model"], one["target"], "", "", gave_up, *[""] * 4]
     train = one["train"]
     memory, guess = train["bytes_per_device"], train["estimate"]
     setting = (
@@ -138,30 +145,32 @@ def _cells(one: dict) -> list[str]:
     )
     if train["fits"] is None:
         fits = f"not compiled: {train['error']}"
-    elif train["fits"]:
-        fits = f"yes, {size(memory['spare'])} to spare"
     else:
-        fits = f"no, by {size(-memory['spare'])}"
-    times = ["", "", "", ""]
+        fits = "yes" if train["fits"] else f"no, by {size(-memory['spare'])}"
+    times = ["", "", "", "module not readable" if train.get("unread") else ""]
     if guess is not None and train["fits"]:
-        bounds = {k: guess[k] for k in ("compute", "memory", "network")}
         times = [
             seconds(guess["step"]),
             number(one["tokens_per_step"] / guess["step"]).strip(),
             f"{100 * guess['mfu']:.0f} %",
-            max(bounds, key=bounds.get),
+            _bound(guess),
         ]
-    total = "" if memory["total"] is None else size(memory["total"])
+    total = "?" if memory["total"] is None else f"{memory['total'] / 2**30:.1f}"
     return [
-        f"{one['model']} ({number(one['parameters']).strip()})",
+        f"{one['model']} ({one['parameters'] / 1e9:.3g} B)",
         one["target"],
         setting,
-        total,
-        size(memory["usable"]),
+        f"{total} of {memory['usable'] / 2**30:.1f}",
         fits,
         *times,
-        f"{train['compile_seconds']:.0f} s",
     ]
+
+
+def _bound(guess: dict) -> str:
+    """What takes longest; "XLA" where the step is the compiler's own estimate."""
+    bounds = {name: guess[name] for name in ("compute", "memory", "network")}
+    longest = max(bounds, key=bounds.get)
+    return longest if bounds[longest] >= 0.999 * guess["step"] else "XLA"
 
 
 def _notes(rows: dict) -> list[str]:
@@ -173,14 +182,23 @@ def _notes(rows: dict) -> list[str]:
             methods.setdefault(guess["method"], []).append(key)
     out = ["Where the times come from:", ""]
     for method, keys in methods.items():
-        out.append(f"- {method}: {len(keys)} rows.")
+        out.append(f"- {method}: {len(keys)} of {len(rows)} rows.")
     stands = {
         f"{c['used']} stands in for {c['wanted']}: {c['reason']}"
         for one in rows.values()
         for c in one["train"]["attention"]
         if c["reason"]
     }
-    return [*out, *(f"- {line}." for line in sorted(stands)), ""]
+    kernels = {c["used"] for one in rows.values() for c in one["train"]["attention"]}
+    out += [
+        "",
+        "What to know:",
+        "",
+        f"- Attention is computed by: {', '.join(sorted(kernels))}.",
+        *(f"- {line}." for line in sorted(stands)),
+        *NOTES,
+    ]
+    return [*out, ""]
 
 
 if __name__ == "__main__":

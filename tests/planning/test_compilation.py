@@ -85,3 +85,21 @@ def test_ruling_out_everything_is_refused():
         pytest.raises(NotImplementedError, match="blocked is ruled out"),
     ):
         jax.eval_shape(lambda q: kernels.attention(q, q, q), x)
+
+
+class _Unreadable:
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK\nmore")
+
+
+def test_a_module_that_cannot_be_read_leaves_its_memory_known(tmp_path):
+    nothing = ("", "INTERNAL: RET_CHECK more")
+    assert compilation.module_text(_Unreadable()) == nothing
+    assert compilation.module_text(_Unreadable(), tmp_path) == nothing
+
+
+def test_a_module_that_cannot_be_read_is_taken_from_what_was_written(tmp_path):
+    (tmp_path / "module_0.small.after_optimizations.txt").write_text("small")
+    (tmp_path / "module_1.jit_step.after_optimizations.txt").write_text("HloModule m")
+    (tmp_path / "module_1.jit_step.after_codegen.txt").write_text("no, not this one")
+    assert compilation.module_text(_Unreadable(), tmp_path) == ("HloModule m", None)
