@@ -219,7 +219,7 @@ SPEC = MixerSpec(
     title="Complex attention with adaptive angles",
     family="softmax",
     paper="ComplexFormer: Disruptively Advancing Transformer Inference Ability",
-    source="arXiv 2505.10222 v1 (withdrawn)",
+    source="arXiv 2505.10222v1",
     forms=("parallel", "step"),
     capabilities=Capabilities(bidirectional=True, prefix=True),
     decode=Decode(exact=True),

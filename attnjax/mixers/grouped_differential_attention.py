@@ -487,8 +487,9 @@ SPEC = MixerSpec(
     name="grouped_differential_attention",
     title="Grouped differential attention",
     family="softmax",
-    paper="Grouped Differential Attention",
-    source="arXiv 2510.06949; base arXiv 2410.05258",
+    paper="Grouped Differential Attention (base: Differential Transformer, arXiv "
+    "2410.05258)",
+    source="arXiv 2510.06949",
     forms=("v1", "v2"),
     capabilities=Capabilities(bidirectional=True, prefix=True),
     decode=Decode(exact=True),
