@@ -127,15 +127,17 @@ def markdown(rows: dict) -> str:
     ]
     for model in MODELS:
         for target in TARGETS:
-            one = rows.get(f"{model} on {target}")
-            if one is not None:
-                out.append("| " + " | ".join(_cells(one)) + " |")
+            missing = {"model": model, "target": target}
+            cells = _cells(rows.get(f"{model} on {target}", missing))
+            out.append("| " + " | ".join(cells) + " |")
     return "\n".join([*out, "", *_notes(rows)])
 
 
 def _cells(one: dict) -> list[str]:
     if "train" not in one:
-        gave_up = f"not compiled in {one['gave_up_after']} s of processor time"
+        gave_up = "not compiled yet"
+        if "gave_up_after" in one:
+            gave_up = f"not compiled in {one['gave_up_after']} s of processor time"
         return [one["model"], one["target"], "", "", gave_up, *[""] * 4]
     train = one["train"]
     memory, guess = train["bytes_per_device"], train["estimate"]
