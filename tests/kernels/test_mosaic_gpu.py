@@ -9,6 +9,8 @@ from attnjax import kernels
 from attnjax.kernels import mosaic_gpu, reference
 from attnjax.kernels.mosaic_gpu.tiles import Tiles
 
+pytestmark = pytest.mark.pallas
+
 interpret_params = pytest.importorskip(
     "jax._src.pallas.mosaic_gpu.interpret.params",
     reason="this jax has no interpreter of Mosaic GPU kernels",

@@ -205,6 +205,7 @@ def lowered_text(name):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.pallas
 @pytest.mark.parametrize("name", LOWERED)
 def test_forward_and_backward_lower_for_cuda(name):
     text = lowered_text(name)
@@ -215,6 +216,7 @@ def test_forward_and_backward_lower_for_cuda(name):
     assert len(calls) == (3 if joint else 4)
 
 
+@pytest.mark.pallas
 def test_kernels_lower_under_vmap_and_inside_shard_map():
     spec = AttentionSpec(CAUSAL & kernels.Segments(), score=kernels.ALiBi())
     request, qkv, operands = request_of(spec)

@@ -14,6 +14,8 @@ from attnjax import kernels
 from attnjax.kernels import AttentionSpec, Target, mosaic_tpu, reference
 from attnjax.kernels.compat import vary_together
 
+pytestmark = pytest.mark.pallas
+
 B, T, H, K, D, E = 2, 19, 4, 2, 5, 3
 TPU = Target("tpu", "TPU v5 lite")
 # Pallas' own interpreter of grids and blocks: fast, and blind to copies and races.

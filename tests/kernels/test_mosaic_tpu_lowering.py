@@ -10,6 +10,8 @@ import pytest
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, Target
 
+pytestmark = pytest.mark.pallas
+
 TPU = Target("tpu", "TPU v5 lite")
 CAUSAL = kernels.Causal()
 F32, I32, BF16 = jnp.float32, jnp.int32, jnp.bfloat16
