@@ -1,0 +1,187 @@
+"""Facts of the operators in softmax's place and of the sink metric (2410.10781)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_layers import DIMS, call, close, context, inputs, run
+from flax import nnx
+
+from attnjax import kernels
+from attnjax.core.context import Hook
+from attnjax.core.errors import UserError
+from attnjax.mixers import attention
+from attnjax.mixers import attention_sink_emergence as sinks
+from attnjax.mixers.slots.base import Call
+
+T, D = 7, 4
+RNG = np.random.default_rng(5)
+Q, K = (2 * RNG.normal(size=(1, T, 1, D)).astype(np.float32) for _ in range(2))
+LOWER = np.tri(T, dtype=bool)
+MLP = [RNG.normal(size=(D, D)).astype(np.float32) for _ in range(2)]
+
+
+def weights_of(query=Q, key=K, *, key_bias=None, **options):
+    """Weights [T, S] of one head as a layer makes them, causal."""
+    dims = dataclasses.replace(DIMS, use_bias=False)
+    config = sinks.Config(num_heads=1, num_kv_heads=1, head_dim=D, **options)
+    mixer = sinks.Mixer(config, dims, rngs=nnx.Rngs(0))
+    if config.operator == "mlp_kernel":
+        mixer.mlp_in.kernel[...], mixer.mlp_out.kernel[...] = map(jnp.asarray, MLP)
+    if key_bias is not None:
+        mixer.key_bias[...] = jnp.full((D,), key_bias)
+    graph, params = nnx.split(mixer)
+
+    @jax.jit
+    def mix(query, key):
+        value = jnp.eye(key.shape[1])[None, :, None]
+        layer, asked = nnx.merge(graph, params), Call(context(length=T, batch=1))
+        return layer.attend(None, (query, key, value), kernels.Causal(), {}, asked)
+
+    return np.asarray(mix(query, key))[0, :, 0]
+
+
+def scores(query=Q, key=K, operator="sigmoid"):
+    """c q.k or c f(q).f(k), [T, S]."""
+    f = {
+        "elu_kernel": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+        "mlp_kernel": lambda x: np.maximum(x @ MLP[0], 0) @ MLP[1],
+    }.get(operator, lambda x: x)
+    return np.einsum("td,sd->ts", f(query[0, :, 0]), f(key[0, :, 0])) / D**0.5
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(
+    "operator", ["sigmoid", "elu", "linear_kernel", "elu_kernel", "mlp_kernel"]
+)
+def test_weights_are_those_of_the_formula(operator, normalise):
+    found = weights_of(operator=operator, normalise=normalise)
+    told = sinks.reference(
+        jnp.asarray(scores(operator=operator)), LOWER, operator, normalise=normalise
+    )
+    np.testing.assert_allclose(found, np.asarray(told), rtol=2e-5, atol=2e-5)
+    if operator in ("elu", "elu_kernel"):
+        assert np.all(found[LOWER] > 0)
+    if normalise and operator in ("sigmoid", "elu", "elu_kernel"):
+        close(found.sum(-1), np.ones(T))
+    if normalise and operator in ("linear_kernel", "mlp_kernel"):
+        assert np.all(np.abs(found.sum(-1)) <= 1 + 1e-4)
+
+
+def test_uniform_causal_maps_have_no_sink_and_alpha_of_a_harmonic_sum():
+    uniform = np.tri(64) / np.arange(1, 65)[:, None]
+    alpha = np.asarray(sinks.importance(jnp.asarray(uniform)))
+    assert alpha[0] == pytest.approx(np.sum(1 / np.arange(1, 65)) / 64, abs=1e-6)
+    assert alpha[0] == pytest.approx(0.0741, abs=1e-4)
+    assert sinks.sink_rate(jnp.asarray(uniform)[None]) == 0
+
+
+def test_all_mass_on_token_0_is_a_sink_rate_of_100():
+    weights = jnp.zeros((2, 3, 64, 64)).at[..., 0].set(1)
+    assert sinks.sink_rate(weights) == 100
+    assert sinks.sink_rate(weights, token=1) == 0
+
+
+def test_alpha_of_the_last_token_is_its_own_weight():
+    weights = RNG.random((T, T)) * LOWER
+    alpha = sinks.importance(jnp.asarray(weights))
+    assert float(alpha[-1]) == pytest.approx(weights[-1, -1], abs=1e-6)
+
+
+def test_the_metric_divides_absolute_weights_once_more():
+    weights = jnp.asarray([[2.0, 0.0], [-1.0, 3.0]])
+    close(np.asarray(sinks.as_map(weights)), [[1, 0], [0.25, 0.75]])
+
+
+def test_key_bias_of_0_is_softmax_with_1_more_in_the_denominator():
+    e = np.exp(scores()) * LOWER
+    told = e / (1 + e.sum(-1, keepdims=True))
+    found = weights_of(operator="k_bias", key_bias=0.0)
+    close(found, told)
+    slot = 1 / (1 + e.sum(-1))
+    close(found.sum(-1), 1 - slot)
+
+
+def test_key_bias_is_one_more_key_for_every_query():
+    slot = np.full((1, 1, 1, D), 0.3, np.float32)
+    longer = np.exp(scores(Q, np.concatenate([slot, K], axis=1)))
+    longer = longer * np.concatenate([np.ones((T, 1)), LOWER], axis=1)
+    told = longer / longer.sum(-1, keepdims=True)
+    close(weights_of(operator="k_bias", key_bias=0.3), told[:, 1:])
+
+
+def test_key_bias_with_a_hugely_negative_score_is_softmax():
+    query = np.abs(Q)
+    e = np.exp(scores(query)) * LOWER
+    found = weights_of(query, operator="k_bias", key_bias=-1e3)
+    close(found, e / e.sum(-1, keepdims=True))
+
+
+def test_value_bias_leaves_the_weights_as_they_are():
+    x, options = inputs(), {"operator": "v_bias"}
+    mixer = sinks.Mixer(sinks.Config(**options), DIMS, rngs=nnx.Rngs(0))
+    plain = attention.Mixer(attention.Config(), DIMS, rngs=nnx.Rngs(0))
+    ctx = context(hooks=(Hook("w", "weights"),))
+    ours, theirs = (call(*nnx.split(m), x, ctx)[1].records["w"] for m in (mixer, plain))
+    close(np.asarray(ours), np.asarray(theirs))
+    mixer.value_bias[...] = jnp.zeros_like(mixer.value_bias[...])
+    close(run(mixer, x, context()), run(plain, x, context()))
+
+
+def test_sigmoid_weights_are_in_0_to_1_and_do_not_depend_on_other_keys():
+    found = weights_of(operator="sigmoid")
+    assert np.all((found[LOWER] > 0) & (found[LOWER] < 1))
+    changed = K.copy()
+    changed[:, 2] += 1
+    after = weights_of(Q, changed, operator="sigmoid")
+    others = np.arange(T) != 2
+    np.testing.assert_array_equal(found[:, others], after[:, others])
+
+
+def test_linear_kernel_is_a_running_state():
+    state, rows = np.zeros((D, T)), []
+    for t in range(T):
+        state = state + np.outer(K[0, t, 0], np.eye(T)[t])
+        rows.append(Q[0, t, 0] @ state / D**0.5)
+    close(weights_of(operator="linear_kernel"), np.array(rows))
+
+
+def test_mlp_kernel_shares_its_weights_between_queries_and_keys():
+    one, two = (weights_of(*pair, operator="mlp_kernel") for pair in ((Q, K), (K, Q)))
+    both = np.diag_indices(T)
+    np.testing.assert_allclose(one[both], two[both], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        two[LOWER], scores(operator="mlp_kernel").T[LOWER], rtol=2e-5, atol=2e-5
+    )
+
+
+def test_weights_that_are_never_whole_cannot_be_hooked():
+    mixer = sinks.Mixer(sinks.Config(operator="k_bias"), DIMS, rngs=nnx.Rngs(0))
+    with pytest.raises(UserError, match=r"laid open.*operator=k_bias"):
+        mixer(inputs(), context(hooks=(Hook("w", "weights"),)))
+
+
+def test_other_weight_maps_are_refused():
+    entry = {"type": "attention_sink_survey", "weight_map": "softpick"}
+    with pytest.raises(UserError, match=r"are the mechanism.*sink_survey"):
+        sinks.Mixer(sinks.Config(output=(entry,)), DIMS, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"operator": "k_bias", "normalise": True}, "normalise has no use"),
+        ({"operator": "elu", "head_bias": True}, "head_bias goes with"),
+        ({"sinks": 2}, "need a window"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        sinks.Config(**options)
+
+
+def test_parts_of_a_normalised_kernel_are_not_merged():
+    with pytest.raises(NotImplementedError, match="not merged"):
+        sinks.IdentityL1().bare()
