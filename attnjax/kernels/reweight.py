@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from attnjax.kernels.masks import Tile
 from attnjax.kernels.operands import Operand
 
+# Beside this every b of a row is 0.
+_LARGEST = 1e30
+
 
 class Reweight:
     """Base of all second passes."""
@@ -129,5 +132,8 @@ class Sharpen(Reweight):
         return jnp.where(above > 0, steep, 0)
 
     def extra(self, peak: jax.Array, tile: Tile) -> jax.Array | float:
-        """eps in the units of b."""
-        return self.eps * self._unit(peak, tile) ** self.power
+        """eps in the units of b, finite: where float32 cannot hold it, in rows whose
+        largest weight is hardly above the mean, it leaves nothing of the row."""
+        if self.eps == 0:
+            return 0.0
+        return jnp.minimum(self.eps * self._unit(peak, tile) ** self.power, _LARGEST)

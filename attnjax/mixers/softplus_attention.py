@@ -29,7 +29,6 @@ from attnjax.mixers.slots.base import Call
 
 UNIT_EPS = 1e-12  # Below this a query or key is divided by it, not by its length.
 FIRST_ROWS = 3  # Rows with at most so many keys keep every weight: O_i = 0.
-LARGEST = 1e30  # Beside this every b of a row is 0.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,21 +164,6 @@ def visible_keys(
     return jax.lax.stop_gradient(jnp.round(jnp.exp(lse)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharpen(kernels.Sharpen):
-    """The second stage, also in rows whose largest weight is hardly above the mean.
-
-    eps in units of the row's largest b passes what float32 holds there: no eps stays
-    0, and any other makes the row vanish.
-    """
-
-    def extra(self, peak: jax.Array, tile: kernels.Tile) -> jax.Array | float:
-        """eps in the units of b, finite."""
-        if self.eps == 0:
-            return 0.0
-        return jnp.minimum(super().extra(peak, tile), LARGEST)
-
-
 class Mixer(attention.Mixer):
     """One layer, with the parameters of `attention`."""
 
@@ -236,7 +220,7 @@ def _kernel_spec(config: Config, head_dim: int) -> kernels.AttentionSpec:
     again = None
     if config.form == "lssar":
         eps = 1e-8 if config.guard == "sum" else 0.0
-        again = Sharpen(config.power, eps)
+        again = kernels.Sharpen(config.power, eps)
     return kernels.AttentionSpec(
         scale=math.log(head_dim), weight_map=weight_map, reweight=again
     )

@@ -374,3 +374,24 @@ def test_reference_is_the_formula(weights):
         *given, _ = arrays(case)
         wanted, got = formula(case, *given), ours("reference", case, *given)
         np.testing.assert_allclose(got, wanted, atol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize(("eps", "kept"), [(0.0, 1.0), (1e-8, 0.0)])
+def test_sharpened_row_hardly_above_the_mean_is_finite(implementation, eps, kept):
+    # b of the larger weight is about (2.5e-5)^15, which float32 does not hold.
+    q = jnp.ones((1, 1, 1, 1))
+    k = jnp.asarray([0.0, 1e-4]).reshape(1, 2, 1, 1)
+    v = jnp.asarray([5.0, 7.0]).reshape(1, 2, 1, 1)
+    spec = kernels.AttentionSpec(scale=1.0, reweight=kernels.Sharpen(15, eps))
+    rows = {"visible_keys": 2.0, "sharpen_offset": 1.0}
+    operands = {name: jnp.full((1, 1, 1), value) for name, value in rows.items()}
+
+    def output(k):
+        return kernels.attention(
+            q, k, v, spec, operands, implementation=implementation
+        ).sum()
+
+    out, slope = jax.value_and_grad(output)(k)
+    assert jnp.isclose(out, 7 * kept, rtol=1e-5)
+    assert jnp.isfinite(slope).all()

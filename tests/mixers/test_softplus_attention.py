@@ -114,7 +114,7 @@ def test_a_uniform_row_beyond_the_third_gives_0_not_the_mean(guard):
         "sharpen_offset": jnp.ones((1, 1, 1)),
     }
     spec = kernels.AttentionSpec(
-        reweight=softplus.Sharpen(15, 0.0 if guard == "peak" else 1e-8)
+        reweight=kernels.Sharpen(15, 0.0 if guard == "peak" else 1e-8)
     )
     zeros, value = jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 4, 1, 1))
     out = kernels.attention(zeros, jnp.zeros((1, 4, 1, 1)), value, spec, operands)
@@ -185,7 +185,7 @@ def test_gradients_at_the_papers_power_are_those_of_the_definition():
         mask=kernels.Causal(),
         scale=float(np.log(D)),
         weight_map=kernels.SoftplusL1(),
-        reweight=softplus.Sharpen(15),
+        reweight=kernels.Sharpen(15),
     )
 
     def ours(query, key):
