@@ -23,7 +23,15 @@ from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError, unknown
 from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers.requests import check_request
-from attnjax.mixers.slots import cache, explicit, options, probes, reach, sizes
+from attnjax.mixers.slots import (
+    across_devices,
+    cache,
+    explicit,
+    options,
+    probes,
+    reach,
+    sizes,
+)
 from attnjax.mixers.slots.base import Call, Heads
 
 
@@ -297,8 +305,13 @@ class Mixer(nnx.Module):
             return explicit.attention(*qkv, spec, operands, call)
         dims = self.dims
         try:
-            return kernels.attention(
-                *qkv, spec, operands, implementation=dims.kernel, target=dims.target
+            return across_devices.attention(
+                *qkv,
+                spec,
+                operands,
+                rows=call.ctx.rows,
+                implementation=dims.kernel,
+                target=dims.target,
             )
         except NotImplementedError as error:
             raise UserError(f"config.model.kernel={dims.kernel}: {error}") from error

@@ -1,6 +1,7 @@
 """The mesh, where arrays lie on it, and that it changes no result."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,25 @@ def test_float32_losses_and_gradients_stay_near_those_of_one_device(name, single
     assert losses[0] == pytest.approx(expected[0], abs=1e-5)
     assert got_norm == pytest.approx(norm, abs=1e-5)
     np.testing.assert_allclose(losses, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "cut"),
+    [(2, "'fsdp', None, 'tensor'"), (1, "'fsdp', None, None")],
+    ids=["rows and heads", "rows alone: one kv head"],
+)
+def test_attention_is_computed_by_each_device_on_its_part(num_kv_heads, cut):
+    """Compilers cannot split a kernel, so its cuts must be said: in a shard_map."""
+    recipe = make_recipe("float32", num_kv_heads=num_kv_heads)
+    mesh = sharding.Config(**MESHES["4x2"])
+    losses = run(recipe, mesh, 3)[0]
+    alone = run(recipe, sharding.Config(data=1), 3, jax.devices()[:1])[0]
+    np.testing.assert_allclose(losses, alone, atol=1e-5, rtol=0)
+    rows = sharding.batch_sharding(sharding.make_mesh(mesh), leading=0)
+    shapes = jax.eval_shape(lambda: init_state(recipe))
+    text = str(jax.make_jaxpr(make_step(on_rows(recipe, rows)))(shapes, batch(0)))
+    places = re.findall(r"in_specs=\(P\((.*?)\),", text)
+    assert cut in places
 
 
 @pytest.mark.parametrize("name", ["8 fsdp", "4x2"])
