@@ -6,6 +6,7 @@ Compilation can take minutes and looks at no flag, so around it the loop asks fo
 exception instead.
 """
 
+import _thread
 import contextlib
 import os
 import signal
@@ -53,6 +54,8 @@ class StopSignal:
         self._what = what_happens
         self._before: dict[int, object] = {}
         self._interrupting = False
+        self._swallowed = False
+        self._hook_before = None
         self._requested: str | None = None
         self.several = False
 
@@ -67,6 +70,8 @@ class StopSignal:
         for name in self._names:
             number = getattr(signal, name)
             self._before[number] = signal.signal(number, self._handle)
+        self._hook_before = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -74,6 +79,7 @@ class StopSignal:
             # None: the handler was not set from Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
+        sys.unraisablehook = self._hook_before
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -121,8 +127,24 @@ class StopSignal:
             if self._interrupting:
                 self._interrupting = False
                 raise StopRequested(name)
+        elif self._swallowed:
+            self._swallowed = False
+            if self._interrupting:
+                self._interrupting = False
+                raise StopRequested(self._requested)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
+
+    def _unraisable(self, told) -> None:
+        """Python's hook for exceptions in finalisers and callbacks of the garbage
+        collector, which go no further: ours has to be raised again."""
+        if not isinstance(told.exc_value, StopRequested):
+            self._hook_before(told)
+            return
+        self._swallowed = self._interrupting = True
+        again = threading.Timer(0.05, _thread.interrupt_main, (signal.SIGTERM,))
+        again.daemon = True
+        again.start()
 
 
 def leave(code: int) -> NoReturn:

@@ -85,6 +85,42 @@ def test_a_request_that_was_swallowed_is_raised_at_the_end(capfd):
         send("SIGTERM")
 
 
+class _Finaliser:
+    """Gets the signal where exceptions go no further."""
+
+    def __del__(self):
+        send("SIGTERM")
+
+
+def test_a_request_inside_a_finaliser_is_raised_a_moment_later(capfd):
+    started = time.monotonic()
+    with StopSignal() as stop:
+        with pytest.raises(StopRequested), stop.interrupting():
+            thing = _Finaliser()
+            del thing
+            assert stop.requested == "SIGTERM"
+            while time.monotonic() < started + 20:
+                time.sleep(0.01)
+            pytest.fail("the phase was not left")
+        hook = sys.unraisablehook
+    assert sys.unraisablehook is not hook
+    shown = capfd.readouterr().err
+    assert "Traceback" not in shown and shown.count("received") == 1
+
+
+def test_other_exceptions_of_finalisers_are_told_as_before(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    class Broken:
+        def __del__(self):
+            raise ValueError("no")
+
+    with StopSignal():
+        Broken()
+    assert isinstance(told[0].exc_value, ValueError)
+
+
 def test_errors_without_a_request_and_second_sigints_come_out_as_they_are(capfd):
     with StopSignal() as stop:
         with pytest.raises(ImportError), stop.interrupting():
