@@ -44,15 +44,18 @@ def get_config() -> ConfigDict:
     config.optim.clip_norm = 1.0
 
     config.train = ConfigDict()
-    config.train.steps = 600
+    # 0.8 million characters: less than one pass over the text.
+    config.train.steps = 400
     config.train.batch_size = 16
+    # One dispatch of 20 steps is 1.4 times as fast on two cores as 20 of one.
+    config.train.steps_per_dispatch = 20
     config.train.log_every = 20
-    config.train.save_every = 300
+    config.train.save_every = 200
     config.train.tensorboard = False
     config.train.sample_tokens = 0
 
     config.eval = ConfigDict()
-    config.eval.every = 100
+    config.eval.every = 200
     config.eval.batch_size = 32
     config.eval.batches = 20
     return config
