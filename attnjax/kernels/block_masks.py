@@ -50,34 +50,34 @@ class BlockLists(Mask):
     def check_lengths(self, q_len: int, kv_len: int) -> None:
         """Every block of queries has a list, and lists name blocks that exist."""
         rows, columns = -(-q_len // self.block_q), -(-kv_len // self.block_k)
-        if len(self.lists) != rows or _table(self).shape[1] > columns:
+        if len(self.lists) != rows or block_table(self).shape[1] > columns:
             raise ValueError(
                 f"BlockLists: T={q_len} has {rows} blocks of {self.block_q} queries "
                 f"and S={kv_len} has {columns} blocks of {self.block_k} keys; got "
                 f"{len(self.lists)} lists with indices up to "
-                f"{_table(self).shape[1] - 1}."
+                f"{block_table(self).shape[1] - 1}."
             )
 
     def visible(self, tile: Tile) -> jax.Array:
         """Whether the key's block is in the list of the query's."""
-        table = jnp.asarray(_table(self))[None, None]
+        table = jnp.asarray(block_table(self))[None, None]
         return _look_up(table, tile, self.block_q, self.block_k)
 
     def coverage(self, span: Span) -> Coverage:
         """Exact: from the blocks that the tile touches."""
-        part = _table(self)[
+        part = block_table(self)[
             span.q_first // self.block_q : span.q_last // self.block_q + 1,
             span.k_first // self.block_k : span.k_last // self.block_k + 1,
         ]
         if not part.any():
             return Coverage.EMPTY
-        reached = (span.k_last // self.block_k) < _table(self).shape[1]
+        reached = (span.k_last // self.block_k) < block_table(self).shape[1]
         return Coverage.FULL if part.all() and reached else Coverage.PARTIAL
 
 
 @functools.lru_cache(maxsize=64)
-def _table(mask: BlockLists) -> np.ndarray:
-    """bool [blocks of queries, blocks of keys up to the last one named]."""
+def block_table(mask: BlockLists) -> np.ndarray:
+    """Lists as bool [blocks of queries, blocks of keys up to the last one named]."""
     columns = 1 + max((j for row in mask.lists for j in row), default=0)
     table = np.zeros((len(mask.lists), columns), bool)
     for i, row in enumerate(mask.lists):

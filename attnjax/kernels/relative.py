@@ -42,15 +42,19 @@ class RelativeBias(ScoreStep):
     def apply(self, s: jax.Array, tile: Tile) -> jax.Array:
         """s + table[h, q - k]."""
         table = tile.operands[self.name].astype(s.dtype)
+        self.check_table(table)
+        if tile.contiguous:
+            return s + self._by_diagonals(table, tile, s.shape[2:])[None]
+        steps = jnp.clip(tile.q - tile.k, -self.reach, self.reach) + self.reach
+        return s + jnp.swapaxes(jnp.take(table, steps[:, 0], axis=1), 0, 1)
+
+    def check_table(self, table: jax.Array) -> None:
+        """Refuse a table of another reach."""
         if table.shape[1] != 2 * self.reach + 1:
             raise ValueError(
                 f"RelativeBias: operand {self.name!r} must have 2 reach + 1 = "
                 f"{2 * self.reach + 1} distances; got shape={table.shape}."
             )
-        if tile.contiguous:
-            return s + self._by_diagonals(table, tile, s.shape[2:])[None]
-        steps = jnp.clip(tile.q - tile.k, -self.reach, self.reach) + self.reach
-        return s + jnp.swapaxes(jnp.take(table, steps[:, 0], axis=1), 0, 1)
 
     def _by_diagonals(
         self, table: jax.Array, tile: Tile, shape: tuple[int, int]
