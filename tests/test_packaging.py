@@ -16,8 +16,8 @@ MODULES = {
     "pillow": "PIL",
     "scikit-learn": "sklearn",
 }
-# tensorflow-datasets imports these and does not ask for them.
-FOR_TFDS = {"importlib_resources", "pillow"}
+# tensorflow-datasets imports this and does not ask for it.
+FOR_TFDS = {"importlib_resources"}
 OPTIONAL = {
     "torch",
     "transformers",

@@ -16,6 +16,7 @@ class SourceSpec:
 
     The file also holds `Config` (a frozen dataclass) and `open_source(config)`,
     which returns a `Corpus` or, for text, a `TextSource` that the room tokenises.
+    Sources of images live in `attnjax.data.images` and return an `ImageCorpus`.
 
     Attributes:
         summary: one line for people.
@@ -46,37 +47,38 @@ class TextSource:
     provenance: dict[str, Any]
 
 
-def _modules() -> list[str]:
-    package = importlib.import_module("attnjax.data")
-    found = pkgutil.iter_modules(package.__path__)
+TEXT, IMAGES = "attnjax.data", "attnjax.data.images"
+_MODELS = {TEXT: "text, for config.model.name=lm", IMAGES: "images, for vit and dit"}
+
+
+def _modules(package: str) -> list[str]:
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
     return sorted(item.name for item in found if not item.ispkg)
 
 
-def _load(prefix: str) -> ModuleType:
-    return importlib.import_module(f"attnjax.data.{prefix}")
-
-
-def known_sources() -> dict[str, SourceSpec]:
-    """Every source by prefix: the files of this room that declare `SOURCE`."""
-    loaded = {name: _load(name) for name in _modules()}
+def known_sources(package: str = TEXT) -> dict[str, SourceSpec]:
+    """Every source by prefix: the files of a package that declare `SOURCE`."""
+    names = _modules(package)
+    loaded = {name: importlib.import_module(f"{package}.{name}") for name in names}
     return {n: m.SOURCE for n, m in loaded.items() if hasattr(m, "SOURCE")}
 
 
-def source_module(name: str) -> ModuleType:
+def source_module(name: str, package: str = TEXT) -> ModuleType:
     """The file that serves `name` ("PREFIX" or "PREFIX:ARGUMENT").
 
+    Args:
+        name: `config.data.name`.
+        package: `TEXT` or `IMAGES`, where the file is.
+
     Raises:
-        UserError: no file of this room is a source of that prefix, or the argument
+        UserError: no file of the package is a source of that prefix, or the argument
             is missing or superfluous.
     """
     prefix, colon, argument = str(name).partition(":")
-    module = _load(prefix) if prefix in _modules() else None
+    known = prefix in _modules(package)
+    module = importlib.import_module(f"{package}.{prefix}") if known else None
     if module is None or not hasattr(module, "SOURCE"):
-        names = [
-            f"{key}:{spec.argument}" if spec.argument else key
-            for key, spec in known_sources().items()
-        ]
-        raise unknown("data", "source", name, names)
+        raise _unknown(name, prefix, package)
     spec = module.SOURCE
     if spec.argument and not argument:
         raise UserError(
@@ -88,3 +90,16 @@ def source_module(name: str) -> ModuleType:
             f"data: {prefix} takes no argument; got name={name!r}. Write {prefix}."
         )
     return module
+
+
+def _unknown(name: str, prefix: str, package: str) -> UserError:
+    """The error for a prefix that is no source, or one of the other kind."""
+    names = [
+        f"{key}:{spec.argument}" if spec.argument else key
+        for key, spec in known_sources(package).items()
+    ]
+    error = unknown("data", "source", name, names)
+    other = IMAGES if package == TEXT else TEXT
+    if prefix in known_sources(other):
+        return UserError(f"{error} {prefix} is a source of {_MODELS[other]}.")
+    return error

@@ -43,3 +43,22 @@ def test_integers_fill_their_range():
 def test_a_longer_request_starts_with_the_shorter_one():
     long = keyed.raw(11, keyed.WINDOWS, 2, 13)
     assert keyed.raw(11, keyed.WINDOWS, 2, 5).tolist() == long[:5].tolist()
+
+
+def test_a_row_depends_on_its_ordinal_alone():
+    many = keyed.rows(5, keyed.AUGMENT, np.arange(300), 6)
+    assert many.shape == (300, 6) and len(np.unique(many)) == 1800
+    some = [299, 4, 4, 130, 10**9]
+    picked = keyed.rows(5, keyed.AUGMENT, np.array(some), 6)
+    assert np.array_equal(picked[:4], many[some[:4]])
+    alone = keyed.rows(5, keyed.AUGMENT, np.array([10**9]), 6)
+    assert np.array_equal(picked[4:], alone)
+    assert keyed.rows(5, keyed.AUGMENT, np.arange(0), 6).shape == (0, 6)
+    assert not np.isin(keyed.rows(5, keyed.NOISE, np.arange(300), 6), many).any()
+
+
+def test_unit_numbers_fill_the_half_open_interval():
+    ends = keyed.unit(np.array([0, 2**64 - 1], np.uint64))
+    assert ends.tolist() == [0.0, 1 - 2.0**-53]
+    drawn = keyed.unit(keyed.rows(0, keyed.NOISE, np.arange(500), 8))
+    assert abs(drawn.mean() - 0.5) < 0.02 and abs(drawn.var() - 1 / 12) < 0.005

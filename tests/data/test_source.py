@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from attnjax.core.errors import UserError
-from attnjax.data import config_class, known_sources, open_corpus
+from attnjax.data import config_class, images, known_sources, open_corpus
 from attnjax.data.config import TextConfig, check_fraction
 
 
@@ -70,3 +70,12 @@ def test_an_unknown_tokenizer_is_refused():
 def test_a_missing_argument_is_refused(name):
     with pytest.raises(UserError, match=f"needs an argument; got name='{name}'"):
         config_class(name)
+
+
+def test_a_source_of_the_other_kind_is_said_to_be_one():
+    message = r"unknown source 'digits'.* digits is a source of images, for vit and dit"
+    with pytest.raises(UserError, match=message):
+        config_class("digits")
+    message = r"unknown source 'stdlib'.* stdlib is a source of text, for config\.model"
+    with pytest.raises(UserError, match=message):
+        images.config_class("stdlib")

@@ -1,0 +1,106 @@
+"""What evaluation may do to images, at five severities.
+
+Source: Hendrycks and Dietterich, "Benchmarking neural network robustness to common
+corruptions and perturbations" (arXiv:1903.12261): the noise and the contrast have
+their numbers for ImageNet; the blur is a Gaussian whose width is a share of the
+image's side, so that a severity means the same at every size.
+"""
+
+import math
+
+import numpy as np
+
+from attnjax.core.errors import UserError, unknown
+from attnjax.data import keyed
+
+NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)  # of pixels in [0, 1]
+CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # what is left of the distance to the mean
+BLUR_SHARE = (0.01, 0.02, 0.03, 0.045, 0.06)  # standard deviation over the side
+SEVERITIES = 5
+
+
+def check(corruption: str | None, severity: int) -> None:
+    """Raise `UserError` unless both may be given to `apply` (or neither is)."""
+    if corruption is None:
+        if severity:
+            raise UserError(
+                "data: severity needs a corruption; got corruption=none, "
+                f"severity={severity}. Name one: {', '.join(CORRUPTIONS)}."
+            )
+        return
+    if corruption not in CORRUPTIONS:
+        raise unknown("data", "corruption", corruption, CORRUPTIONS)
+    if severity not in range(1, SEVERITIES + 1):
+        raise UserError(
+            f"data: severity must be 1 to {SEVERITIES}; got severity={severity}, "
+            f"corruption={corruption}."
+        )
+
+
+def apply(
+    corruption: str, severity: int, images: np.ndarray, indices: np.ndarray
+) -> np.ndarray:
+    """Corrupted images, in [0, 1].
+
+    Args:
+        corruption: a name of `CORRUPTIONS`.
+        severity: 1 to 5.
+        images: float32 [n, H, W, Ch] in [0, 1].
+        indices: [n], which images of their split they are: what is random depends
+            on them and on nothing else.
+    """
+    done = CORRUPTIONS[corruption](images, indices, severity)
+    return np.clip(done, 0.0, 1.0).astype(np.float32)
+
+
+def gaussian_noise(images: np.ndarray, indices: np.ndarray, severity: int):
+    """Independent normal noise on every pixel and channel."""
+    count = math.prod(images.shape[1:])
+    words = keyed.rows(severity, keyed.NOISE, indices, 2 * count)
+    noise = _normal(keyed.unit(words)).reshape(images.shape)
+    return images + NOISE_STD[severity - 1] * noise
+
+
+def blur(images: np.ndarray, indices: np.ndarray, severity: int):
+    """A Gaussian blur; what lies outside repeats the edge."""
+    for axis in (1, 2):
+        weights = gaussian_weights(BLUR_SHARE[severity - 1] * images.shape[axis])
+        reach = len(weights) // 2
+        width = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
+        padded, size = np.pad(images, width, mode="edge"), images.shape[axis]
+        images = sum(
+            weight * np.take(padded, range(k, k + size), axis=axis)
+            for k, weight in enumerate(weights)
+        )
+    return images
+
+
+def contrast(images: np.ndarray, indices: np.ndarray, severity: int):
+    """Every channel drawn towards its mean over the image."""
+    mean = images.mean(axis=(1, 2), keepdims=True)
+    return mean + CONTRAST[severity - 1] * (images - mean)
+
+
+def gaussian_weights(std: float) -> np.ndarray:
+    """[2 r + 1] float64: the normal density's share of each pixel; the sum is 1.
+
+    The density is integrated over pixels and not sampled at their middles, so that
+    a blur much narrower than a pixel is still one.
+
+    Args:
+        std: in pixels, above 0.
+    """
+    reach = math.ceil(4 * std)
+    edges = np.arange(-reach, reach + 2) - 0.5
+    below = np.array([math.erf(edge / (std * math.sqrt(2))) for edge in edges])
+    weights = np.diff(below)
+    return weights / weights.sum()
+
+
+def _normal(uniform: np.ndarray) -> np.ndarray:
+    """[n, m] normal numbers of [n, 2 m] in [0, 1) (Box and Muller, 1958)."""
+    radius, angle = np.split(uniform, 2, axis=-1)
+    return np.sqrt(-2.0 * np.log1p(-radius)) * np.cos(2.0 * np.pi * angle)
+
+
+CORRUPTIONS = {"gaussian_noise": gaussian_noise, "blur": blur, "contrast": contrast}
