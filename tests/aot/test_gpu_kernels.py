@@ -27,6 +27,11 @@ CASES = {
     "learned sink 128": "A(C, weight_map=kernels.Softmax('logit')), 2, 1, 128, 128",
     "sigmoid 128": "A(C, weight_map=kernels.Sigmoid(-6.0)), 2, 1, 128, 128",
     "softplus 128": "A(C, weight_map=kernels.SoftplusL1()), 2, 1, 128, 128",
+    "gated 128": "A(C, epilogue=kernels.OutputGate()), 2, 1, 128, 128",
+    "normed, scaled, gated 256": (
+        "A(C, epilogue=(kernels.HeadRMSNorm(), kernels.HeadScale(),"
+        " kernels.OutputGate())), 2, 1, 256, 256"
+    ),
 }
 # The same, then B, T and S: a step of decoding, forward alone.
 DECODED = {
@@ -65,10 +70,13 @@ for name, case in json.loads(sys.argv[1]).items():
     half = jnp.bfloat16
     shapes = ((t, h, d), (s, kv, d), (s, kv, e))
     qkv = [given((b, *shape), half) for shape in shapes]
-    sizes = {"b": b, "h": h, "t": t, "s": s}
+    sizes = {"b": b, "h": h, "t": t, "s": s, "e": e}
     dtypes = {"int": jnp.int32}
     operands = {
-        x.name: given(tuple(sizes[a] for a in x.axes), dtypes.get(x.kind, jnp.float32))
+        x.name: given(
+            tuple(sizes[a] for a in x.axes),
+            half if x.axes == "bthe" else dtypes.get(x.kind, jnp.float32),
+        )
         for x in spec.operands
     }
     if t != s:

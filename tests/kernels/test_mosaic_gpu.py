@@ -48,16 +48,19 @@ CASES = {
             score=LOG,
             weight_map=kernels.Softmax("logit"),
             return_lse=True,
+            epilogue=(kernels.HeadRMSNorm(0.1), kernels.OutputGate()),
         ),
         dtype=jnp.float16,
         b=2,
         d=40,
+        e=40,
     ),
     "block mask, bias, soft cap, sigmoid": case(
         kernels.AttentionSpec(
             mask=kernels.BlockMask(64, 128) | kernels.SlidingWindow(7),
             score=(kernels.SoftCap(3.0), kernels.Bias()),
             weight_map=kernels.Sigmoid(-2.0),
+            epilogue=(kernels.OutputGate("head", "none"), kernels.HeadScale()),
         ),
         t=200,
         kv=2,
@@ -98,7 +101,12 @@ def inputs(spec, dtype, sizes):
             [[[1, 0], [0, 0], [0, 1], [1, 1]], [[0, 0], [0, 1], [1, 1], [0, 1]]], bool
         )[None],
         "alibi_slopes": 0.1 * normal(h),
+        "head_scale": normal(h),
+        "head_norm": normal(h, e),
+        "output_gate": normal(b, t, h),
     }
+    if kernels.OutputGate() in spec.epilogue:
+        pool["output_gate"] = normal(b, t, h, e, dtype=dtype)
     operands = {x.name: pool[x.name] for x in spec.operands}
     if t != s:
         operands["q_offset"] = jnp.int32(s - t - 3)

@@ -41,6 +41,20 @@ def swished(s, b, h, q, k, row, column):
     return jax.nn.relu(s * row) * s + jax.nn.sigmoid(column)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sorted(kernels.EpilogueStep):
+    axes: str = ""
+
+    @property
+    def operands(self):
+        if not self.axes:
+            return ()
+        return (kernels.Operand("table", self.axes, "float"),)
+
+    def apply(self, o, arrays):
+        return jnp.sort(o, axis=-1)
+
+
 def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
     dtype, target = more.pop("dtype", jnp.bfloat16), more.pop("target", H200)
     given = jax.ShapeDtypeStruct
@@ -60,6 +74,9 @@ def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
             "row": (b, 1, t),
             "column": (b, h, s),
             "table": (7,),
+            "head_norm": (h, e),
+            "head_scale": (h,),
+            "output_gate": (b, t, h, e),
         }.items()
     }
     operands = {x.name: pool[x.name] for x in spec.operands if x.name in pool} | more
@@ -109,6 +126,21 @@ REFUSED = {
         "'relative_bias' is a table",
         AttentionSpec(score=kernels.RelativeBias(3)),
         {"relative_bias": jax.ShapeDtypeStruct((4, 7), jnp.float32)},
+    ),
+    "an epilogue that sorts": (
+        "cannot lower 'sort', which epilogue=(Sorted(",
+        AttentionSpec(epilogue=Sorted()),
+        {},
+    ),
+    "an epilogue with a table": (
+        "by row and feature; 'table' has axes '*'",
+        AttentionSpec(epilogue=Sorted("*")),
+        {},
+    ),
+    "an epilogue of one feature": (
+        "keeps rows of an epilogue apart from features; E is 1",
+        AttentionSpec(epilogue=kernels.HeadScale()),
+        {"e": 1},
     ),
     "a square root": (
         "cannot lower 'sqrt', which score=(ScoreFn(",
@@ -185,6 +217,18 @@ LOWERED = {
     "polynomial": (AttentionSpec(CAUSAL, weight_map=kernels.Polynomial()), {}),
     "softpick": (AttentionSpec(CAUSAL, weight_map=kernels.Softpick()), {}),
     "elu": (AttentionSpec(weight_map=kernels.EluPlusOne(normalise=True)), {}),
+    "normed and gated": (
+        AttentionSpec(epilogue=(kernels.HeadRMSNorm(), kernels.OutputGate())),
+        {"d": 80, "e": 80},
+    ),
+    "scaled, gated by row": (
+        AttentionSpec(
+            CAUSAL,
+            weight_map=kernels.Sigmoid(-2.0),
+            epilogue=(kernels.HeadScale(), kernels.OutputGate("head", "none")),
+        ),
+        {"output_gate": jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)},
+    ),
 }
 
 

@@ -4,7 +4,8 @@ Scores, masks and weight maps are traced into one kernel, so a variant costs its
 arithmetic and no trip through memory. Queries are padded to blocks of 128, head
 dimensions to multiples of 64. Files: attend.py (derivative rule), forward.py and
 backward.py (kernels), block.py (what they share), steps.py (which tiles are visited),
-hooks.py and rows.py (the spec's functions on a tile), tiles.py (sizes), launch.py and
+hooks.py, rows.py, thin.py and finish.py (the spec's
+functions on a tile), tiles.py (sizes), launch.py and
 shim.py (jax), refusals.py (what is refused), inline.py (user functions).
 
 It was compiled for the H200 and interpreted, never timed: "auto" does not take it
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 
 import jax
 
-from attnjax.kernels import epilogue, tuned
+from attnjax.kernels import tuned
 from attnjax.kernels.mosaic_gpu.refusals import reason
 from attnjax.kernels.mosaic_gpu.tiles import Tiles
 from attnjax.kernels.request import Request
@@ -53,7 +54,4 @@ def run(
     if measured is not None:
         tiles = tuple(Tiles(*sizes) for sizes in measured)
     call = Call(request, interpret, *(tiles or ()))
-    out, lse = attend(call, q, k, v, operands)
-    if request.spec.epilogue:
-        out = epilogue.run_steps(request.spec.epilogue, out, operands).astype(q.dtype)
-    return out, lse
+    return attend(call, q, k, v, operands)

@@ -7,8 +7,16 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from attnjax.kernels import fold, tile_math, tiles
-from attnjax.kernels.mosaic_gpu import backward, decode, forward, hooks, rows, steps
+from attnjax.kernels import epilogue, fold, tile_math, tiles
+from attnjax.kernels.mosaic_gpu import (
+    backward,
+    decode,
+    finish,
+    forward,
+    hooks,
+    rows,
+    steps,
+)
 from attnjax.kernels.mosaic_gpu.block import Plan
 from attnjax.kernels.mosaic_gpu.tiles import (
     BLOCK,
@@ -46,7 +54,7 @@ class Call:
 
     def plan(self, kernel: str, operands: Arrays):
         """Plan of "forward", "dq", "dkv", "dk" or "dv", with the arrays that its steps
-        and hooks take."""
+        and hooks take, those of a forward kernel's epilogue included."""
         if kernel == "forward":
             sizes = self.forward_tiles or forward_tiles(*self.dims)
         else:
@@ -55,18 +63,23 @@ class Call:
             grid = steps.Grid(self.request, BLOCK, sizes.step)
         else:
             grid = steps.Grid(self.request, sizes.step, BLOCK, transposed=True)
-        padded = hooks.pad_operands(grid, operands)
+        read = tiles.of_tiles(self.request.spec, operands)
+        padded = hooks.pad_operands(grid, read)
         found, step_arrays = steps.make_steps(grid, padded)
         held, arrays = hooks.hold(grid, padded)
         count = len(step_arrays)
-        plan = Plan(grid, found, sizes, held, count, self.interpret)
+        late = ()
+        if kernel == "forward" and self.request.spec.epilogue:
+            dtype = jnp.dtype(self.request.dtypes[0])
+            late, more = finish.hold(self.request, sizes, grid.q_len, operands, dtype)
+            arrays = [*arrays, *more]
+        plan = Plan(grid, found, sizes, held, count, self.interpret, late)
         return plan, step_arrays, arrays
 
 
 def attend(call: Call, q, k, v, operands: Arrays):
     """Output [B, T, H, E] in q's dtype, and log-sum [B, T, H] or None."""
-    placed = tiles.of_tiles(call.request.spec, operands)
-    operands = tiles.place_queries(placed, call.request.q_len)
+    operands = tiles.place_queries(operands, call.request.q_len)
     known = tiles.declarations(call.request.spec)
     trained = {n: x for n, x in operands.items() if known[n].trains}
     fixed = {n: x for n, x in operands.items() if not known[n].trains}
@@ -89,36 +102,61 @@ def _pad_rows(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
-    return _attend_fwd(call, q, k, v, trained, fixed)[0]
+    return _compute(call, q, k, v, {**trained, **fixed}, keep=False)[:2]
 
 
 def _attend_fwd(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
+    # An epilogue's derivative needs the rows before it. Written beside the output they
+    # cost one more pass over memory; made again they would cost the whole forward pass.
     operands = {**trained, **fixed}
-    folded = decode.fold_call(call.request, (q, k, v), operands)
+    out, lse, core = _compute(call, q, k, v, operands, keep=True)
+    return (out, lse), (q, k, v, trained, fixed, core, lse)
+
+
+def _compute(call: Call, q, k, v, operands: Arrays, *, keep: bool):
+    """Output, log-sum or None, and with `keep` the output before the epilogue."""
+    request = call.request
+    read = tiles.of_tiles(request.spec, operands)
+    folded = decode.fold_call(request, (q, k, v), read)
     if folded is None:
-        out, lse = _run_forward(call, q, k, v, operands)
-    else:
-        part = dataclasses.replace(call, request=folded.request)
-        out, lse = _run_forward(part, folded.q, folded.k, folded.v, folded.operands)
-        out, lse = fold.unfold(folded, out, lse, operands)
-    return (out, lse), (q, k, v, trained, fixed, out, lse)
+        return _run_forward(call, q, k, v, operands, keep=keep)
+    part = dataclasses.replace(call, request=folded.request)
+    out, lse, _ = _run_forward(part, folded.q, folded.k, folded.v, folded.operands)
+    core, lse = fold.unfold(folded, out, lse, operands)
+    # Parts of the keys are joined before the epilogue.
+    return _with_epilogue(request, core, operands), lse, core
 
 
-def _run_forward(call: Call, q, k, v, operands: Arrays):
-    """Output [B, T, H, E] and log-sum [B, T, H] or None."""
+def _with_epilogue(request: Request, core: jax.Array, operands: Arrays) -> jax.Array:
+    steps = request.spec.epilogue
+    if not steps:
+        return core
+    out = epilogue.run_steps(steps, core.astype(jnp.float32), operands)
+    return out.astype(core.dtype)
+
+
+def _run_forward(call: Call, q, k, v, operands: Arrays, *, keep: bool = False):
+    """Output [B, T, H, E], log-sum [B, T, H] or None, and with `keep` the output
+    before the epilogue."""
     request = call.request
     plan, *arrays = call.plan("forward", operands)
-    out, lse = forward.forward(plan, _pad(q), _pad(k), _pad(v), *arrays)
+    keep = keep and bool(request.spec.epilogue)
+    found = forward.forward(plan, _pad(q), _pad(k), _pad(v), *arrays, keep=keep)
+    out, lse, core = found
     out = out[:, : request.q_len, :, : request.value_dim]
     if lse is not None:
         lse = jnp.swapaxes(lse[:, :, : request.q_len], 1, 2)
-    return out, lse
+    if core is None:
+        return out, lse, out
+    return out, lse, core[:, : request.q_len, :, : request.value_dim]
 
 
 def _attend_bwd(call: Call, residuals, cotangents):
-    q, k, v, trained, fixed, out, lse = residuals
+    q, k, v, trained, fixed, core, lse = residuals
     request, operands = call.request, {**trained, **fixed}
-    row_arrays, d_trained = _row_arrays(call, operands, out, lse, cotangents)
+    cotangents, d_late = _before_epilogue(call, operands, core, cotangents)
+    row_arrays, d_trained = _row_arrays(call, operands, core, lse, cotangents)
+    d_trained |= d_late
     d_out = row_arrays.pop("d_out")
     inputs = {"q": q, "k": k, "v": v, "d_out": d_out}
     inputs = {name: _pad(x) for name, x in inputs.items()}
@@ -149,6 +187,23 @@ def _attend_bwd(call: Call, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _before_epilogue(call: Call, operands: Arrays, core, cotangents):
+    """The cotangents before the epilogue, and the gradients of its operands."""
+    spec = call.request.spec
+    if not spec.epilogue:
+        return cotangents, {}
+    known = tiles.declarations(spec)
+    late = {x.name: operands[x.name] for x in spec.epilogue_operands}
+    trained = {n: x for n, x in late.items() if known[n].trains}
+
+    def run(core, trained):
+        return _with_epilogue(call.request, core, late | trained)
+
+    _, pull = jax.vjp(run, core, trained)
+    d_core, d_late = pull(cotangents[0])
+    return (d_core, cotangents[1]), d_late
 
 
 def _row_arrays(call: Call, operands: Arrays, out, lse, cotangents):
@@ -183,7 +238,8 @@ def _sum_to(x: jax.Array, call: Call, name: str, operand: jax.Array) -> jax.Arra
 
 def _written(grid: steps.Grid, operands: Arrays, x: jax.Array) -> jax.Array:
     """[B, H, T, S] with zeros in the tiles that no step visited, padding cut off."""
-    cover = steps.coverage(grid, hooks.pad_operands(grid, operands)) > 0
+    read = tiles.of_tiles(grid.request.spec, operands)
+    cover = steps.coverage(grid, hooks.pad_operands(grid, read)) > 0
     seen = jnp.repeat(jnp.repeat(cover, grid.block_q, 1), grid.block_k, 2)
     x = jnp.where(seen[:, None], x, 0.0)
     return x[:, :, : grid.request.q_len, : grid.request.kv_len]

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnjax.kernels.mosaic_gpu import launch
+from attnjax.kernels.mosaic_gpu.finish import Late
 from attnjax.kernels.mosaic_gpu.hooks import Held, Hooks
 from attnjax.kernels.mosaic_gpu.rows import RowMath
 from attnjax.kernels.mosaic_gpu.shim import Machine
@@ -36,6 +37,7 @@ class Plan:
         tiles: ring and tile sizes.
         held: operands of the spec, in the order in which the kernel gets them.
         num_step_refs: how many arrays the steps need.
+        late: operands of the epilogue, which come after `held`.
         interpret: what `plgpu.kernel` takes, or None to compile.
     """
 
@@ -45,6 +47,7 @@ class Plan:
     held: tuple[Held, ...]
     num_step_refs: int
     interpret: object = None
+    late: tuple[Late, ...] = ()
 
     def ring(self, name: str, width: int | None, dtype) -> dict:
         """Shared memory and barriers of a stream of tiles, or of vectors."""
@@ -76,13 +79,14 @@ class Block:
         self.plan, self.request = plan, plan.grid.request
         self.machine = Machine(plan.interpret is not None)
         self.rows = RowMath(self.request, self.machine)
-        ends = (len(inputs), plan.num_step_refs, len(plan.held))
+        ends = (len(inputs), plan.num_step_refs, len(plan.held), len(plan.late))
         parts = []
         for count in ends:
             parts.append(refs[:count])
             refs = refs[count:]
         self.inputs = dict(zip(inputs, parts[0], strict=True))
-        self.step_refs, self.operand_refs, self.outputs = parts[1], parts[2], refs
+        self.step_refs, self.operand_refs, self.late_refs = parts[1:]
+        self.outputs = refs
         self.scratch = scratch
         self.head = jax.lax.axis_index("heads")
         self.batch = jax.lax.axis_index("batch")

@@ -13,24 +13,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnjax.kernels.compat import type_like
-from attnjax.kernels.mosaic_gpu import launch
+from attnjax.kernels.mosaic_gpu import finish, launch
 from attnjax.kernels.mosaic_gpu.block import Block, Plan
 from attnjax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ROWS
 
 INPUTS = ("q", "k", "v")
 
 
-def forward(plan: Plan, q, k, v, step_arrays, operands):
-    """Output [B, T, H, E] in q's dtype and log-sum [B, H, T] or None.
+def forward(plan: Plan, q, k, v, step_arrays, operands, *, keep: bool = False):
+    """Output [B, T, H, E] in q's dtype, log-sum [B, H, T] or None, and the output
+    before the epilogue or None.
 
     Args:
         q, k, v: padded to whole tiles and to whole 64s of head dimension.
+        keep: also write the output before the epilogue.
     """
     b, t, h, d = q.shape
     e = v.shape[3]
-    out_type = [type_like((b, t, h, e), q.dtype, q)]
-    if plan.grid.request.spec.weight_map.needs_sum:
-        out_type.append(type_like((b, h, t), jnp.float32, q))
+    summed = plan.grid.request.spec.weight_map.needs_sum
+    out_type = {"out": type_like((b, t, h, e), q.dtype, q)}
+    if summed:
+        out_type["lse"] = type_like((b, h, t), jnp.float32, q)
+    if keep:
+        out_type["core"] = out_type["out"]
     own = (COMPUTE_WARPGROUPS, ROWS)
     scratch = {
         "q_tiles": launch.tile_memory((*own, d), q.dtype),
@@ -40,23 +45,41 @@ def forward(plan: Plan, q, k, v, step_arrays, operands):
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         **plan.ring("k", d, q.dtype),
         **plan.ring("v", e, q.dtype),
+        **_late_memory(plan, e, q.dtype),
     }
 
     def body(*refs, **memory):
-        _ForwardBlock(plan, INPUTS, refs, memory).run()
+        block = _ForwardBlock(plan, INPUTS, refs, memory)
+        block.results = dict(zip(out_type, block.outputs, strict=True))
+        block.run()
 
     out = launch.kernel(
         body,
         name="attention_forward",
-        out_type=out_type,
+        out_type=list(out_type.values()),
         scratch=scratch,
         grid=(h, plan.grid.num_q, b),
         interpret=plan.interpret,
     )(q, k, v, *step_arrays, *operands)
-    return (*out, None)[:2]
+    found = dict(zip(out_type, out, strict=True))
+    return tuple(found.get(name) for name in ("out", "lse", "core"))
+
+
+def _late_memory(plan: Plan, width: int, dtype) -> dict:
+    """Shared memory of the epilogue's tiles that are copied there."""
+    memory = {}
+    for x in plan.late:
+        if x.staged:
+            own = (COMPUTE_WARPGROUPS, ROWS, width)
+            memory[f"late_{x.name}"] = launch.tile_memory(own, dtype)
+            ready = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)
+            memory[f"late_{x.name}_ready"] = ready
+    return memory
 
 
 class _ForwardBlock(Block):
+    results: dict
+
     @property
     def streams(self):
         return {name: (self.inputs[name], False) for name in ("k", "v")}
@@ -72,6 +95,7 @@ class _ForwardBlock(Block):
         rows = (self.batch, pl.ds(q_first, ROWS), self.head)
         q_tile = x["q_tiles"].at[wg]
         self.load_own(self.inputs["q"], rows, q_tile, x["q_ready"].at[wg])
+        self._copy_late(rows, wg)
         hooks = self.hooks(self.head)
         numbers = hooks.numbers()
         start = (
@@ -126,9 +150,34 @@ class _ForwardBlock(Block):
         self.free("v", slot)
         return (acc, *kept)
 
+    def _copy_late(self, rows, wg):
+        """Start the copies of the epilogue's tiles."""
+        b, span, h = rows
+        for late, ref in zip(self.plan.late, self.late_refs, strict=True):
+            if late.staged:
+                place = (b if late.per_batch else 0, span, h if late.per_head else 0)
+                tile = self.scratch[f"late_{late.name}"].at[wg]
+                ready = self.scratch[f"late_{late.name}_ready"].at[wg]
+                plgpu.copy_gmem_to_smem(ref.at[place], tile, ready)
+
+    def _finish(self, acc, rows, wg):
+        """The epilogue's steps."""
+        b, span, h = rows
+        refs = dict(zip(self.plan.late, self.late_refs, strict=True))
+
+        def read(late):
+            staged = None
+            if late.staged:
+                plgpu.barrier_wait(self.scratch[f"late_{late.name}_ready"].at[wg])
+                staged = self.scratch[f"late_{late.name}"].at[wg]
+            where = (b, span.start, h)
+            return finish.read(late, refs[late], self.machine, where, staged)
+
+        return finish.apply(self.request, self.machine, self.plan.late, acc, read)
+
     def _store(self, carry, rows, wg, numbers):
-        """Normalise, and write the output and the log-sums."""
-        x, out_ref = self.scratch, self.outputs[0]
+        """Normalise, run the epilogue, and write the output and the log-sums."""
+        x, out_ref = self.scratch, self.results["out"]
         acc, top, total = self._unpack(carry)
         if total is not None:
             sink = self.request.spec.weight_map.sink_logit(numbers)
@@ -136,11 +185,19 @@ class _ForwardBlock(Block):
             acc = acc * self.machine.spread(factor, acc.shape, 0)
             x["lse_rows"].at[wg][...] = lse
         tiles = x["q_tiles"] if x["out_tiles"] is None else x["out_tiles"]
+        if "core" in self.results:
+            tiles.at[wg][...] = acc.astype(out_ref.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tiles.at[wg], self.results["core"].at[rows])
+        if self.request.spec.epilogue:
+            acc = self._finish(acc, rows, wg)
+        if "core" in self.results:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         tiles.at[wg][...] = acc.astype(out_ref.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tiles.at[wg], out_ref.at[rows])
         if total is not None:
             b, span, h = rows
-            lse_ref = self.outputs[1].at[b, h, span]
+            lse_ref = self.results["lse"].at[b, h, span]
             plgpu.copy_smem_to_gmem(x["lse_rows"].at[wg], lse_ref)
         plgpu.wait_smem_to_gmem(0)

@@ -35,7 +35,7 @@ def _evaluate(jaxpr, consts, args) -> list:
         elif name == "add_any":
             out = [jax.lax.add(*values)]
         elif name == "integer_pow" and eqn.params["y"] < 2:
-            out = [_small_power(*values, eqn.params["y"])]
+            out = [small_power(*values, eqn.params["y"])]
         else:
             out = eqn.primitive.bind(*values, **eqn.params)
             out = out if eqn.primitive.multiple_results else [out]
@@ -43,7 +43,8 @@ def _evaluate(jaxpr, consts, args) -> list:
     return [read(x) for x in jaxpr.outvars]
 
 
-def _small_power(x, power: int):
+def small_power(x, power: int):
+    """x^power for powers below 2, which are not lowered."""
     if power < 0:
         whole = x if power == -1 else jax.lax.integer_pow(x, -power)
         return 1 / whole

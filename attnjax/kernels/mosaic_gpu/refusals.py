@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnjax.kernels import tile_math, tiles
 from attnjax.kernels.compat import NEWER_PRIMITIVES, inside_shard_map
 from attnjax.kernels.masks import Tile
-from attnjax.kernels.mosaic_gpu import by_blocks
+from attnjax.kernels.mosaic_gpu import by_blocks, finish, thin
 from attnjax.kernels.mosaic_gpu.inline import WRAPPERS
 from attnjax.kernels.mosaic_gpu.tiles import MAX_DIM
 from attnjax.kernels.request import Request
@@ -35,7 +35,8 @@ INLINED = frozenset({*WRAPPERS, "add_any"})
 
 def reason(request: Request) -> str | None:
     """Why the request cannot be computed, or None."""
-    checks = (_device, _arrays, _fields, by_blocks.refusal, _operands, _functions)
+    checks = (_device, _arrays, _fields, by_blocks.refusal, finish.refusal)
+    checks += (_operands, _functions, _epilogue)
     return next((found for check in checks if (found := check(request))), None)
 
 
@@ -81,10 +82,8 @@ def _fields(request: Request) -> str | None:
 
 
 def _operands(request: Request) -> str | None:
-    late = request.spec.epilogue_operands
     for operand in request.spec.operands:
-        whole = operand.axes == "*" and operand.name != by_blocks.BLOCK_MASK
-        if whole and operand not in late:
+        if operand.axes == "*" and operand.name != by_blocks.BLOCK_MASK:
             return (
                 f"reads operands by tile; {operand.name!r} is a table that would be "
                 "gathered from"
@@ -122,6 +121,28 @@ def _lacking(spec: AttentionSpec, shapes) -> str | None:
                     f"cannot lower {primitive!r}, which {name}={getattr(spec, name)!r} "
                     "uses"
                 )
+    return None
+
+
+def _epilogue(request: Request) -> str | None:
+    shapes = tuple(
+        (name, shape)
+        for name, shape in request.operand_shapes
+        if name in {x.name for x in request.spec.epilogue_operands}
+    )
+    return _lacking_late(request.spec, shapes, request.value_dim)
+
+
+@functools.lru_cache(maxsize=256)
+def _lacking_late(spec: AttentionSpec, shapes, width: int) -> str | None:
+    """The first operation of the epilogue that the kernels do not lower."""
+    if not spec.epilogue:
+        return None
+    jaxpr = finish.example(spec, dict(shapes), width)
+    known = PRIMITIVES | INLINED | set(thin.REDUCTIONS) | thin.RESHAPES
+    for primitive in _primitives(jaxpr.jaxpr):
+        if primitive not in known:
+            return f"cannot lower {primitive!r}, which epilogue={spec.epilogue!r} uses"
     return None
 
 
