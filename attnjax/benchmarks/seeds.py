@@ -111,7 +111,7 @@ def _batch(seed: int, vocab_size: int, shape: tuple[int, int]) -> dict:
 
 
 def _recipe(config: dict, vocab_size: int, seed: int) -> training_step.Recipe:
-    model = experiment.build_model(config, vocab_size)
+    model = experiment.build_model(config, {"vocab_size": vocab_size})
     return training_step.Recipe(
         task=experiment.build_task(config, model),
         optim=schema.build(optimizers.Config, config["optim"]),

@@ -51,7 +51,7 @@ class Framework:
         given = recipe.config(sizes)
         given["model"]["unroll"] = unroll
         config = experiment.resolve(given)
-        model = experiment.build_model(config, sizes.vocab_size)
+        model = experiment.build_model(config, {"vocab_size": sizes.vocab_size})
         train = schema.build(experiment.TrainConfig, config["train"])
         plan = training_step.Recipe(
             task=experiment.build_task(config, model),

@@ -87,7 +87,7 @@ def import_hf(
         "train": {"steps": 1, "sample_tokens": 0, "tensorboard": False},
     }
     config = experiment.resolve(apply_overrides(given, list(overrides)))
-    model = experiment.build_model(config, tokenizer.vocab_size)
+    model = experiment.build_model(config, {"vocab_size": tokenizer.vocab_size})
     reading = Reading(kind, files, model)
     params = rules.tree(
         model, reading.arrays(), dtype_of(config["model"]["param_dtype"])

@@ -24,7 +24,6 @@ def evaluate_run(run: LoadedRun) -> dict:
     metrics = Evaluator(here)(params, buffers)
     return {
         "step": run.step,
-        "data": run.config["data"]["name"],
-        "seq_len": run.config["data"]["seq_len"],
+        **here.feed.about,
         **metrics,
     }

@@ -159,21 +159,21 @@ def load_run(
     )
     state, meta = reader.restore_numpy(step, only=groups)
     source = Layout.from_json(meta["layout"])
-    config = _settled(config, meta["vocab_size"])
+    config = _settled(config, meta)
     config = _changed(config, source, overrides, keep_layers)
-    model = experiment.build_model(config, meta["vocab_size"])
+    model = experiment.build_model(config, meta)
     params = state.get("ema", state["params"])
     params, buffers = _relaid(params, state["buffers"], source, model, keep_layers)
     tokenizer = tokenizers.load_tokenizer(path / TOKENIZER)
     return LoadedRun(path, config, model, params, buffers, tokenizer, step)
 
 
-def _settled(config: dict, vocab_size: int) -> dict:
+def _settled(config: dict, meta: dict) -> dict:
     """A run's config with the MLP width that config.model.params found for it, which
     other layers would change."""
     if config["model"].get("params") is None:
         return config
-    model = experiment.build_model(config, vocab_size)
+    model = experiment.build_model(config, meta)
     return {**config, "model": schema.to_json(model.config)}
 
 

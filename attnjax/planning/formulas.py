@@ -91,22 +91,19 @@ class Facts:
         here = problem.experiment(single, target, targets.devices(target)[:1])
         from attnjax.training import start
 
-        dims, chip, length = here.model.dims, target.chip, config["data"]["seq_len"]
-        vocab = here.model.vocab_size
+        dims, chip = here.model.dims, target.chip
+        found = here.feed.search_facts(here.model)
         return cls(
             params=here.model.parameter_count(),
-            head=vocab * dims.embed_dim,
-            tables=1 if here.model.config.tie_embeddings else 2,
+            head=found["vocab"] * dims.embed_dim,
             layers=dims.num_layers,
             width=dims.embed_dim,
             mlp=here.model.block_dims.mlp_dim,
             heads=dims.num_heads,
             kv_heads=dims.num_kv_heads,
-            vocab=vocab,
             batch=config["train"]["batch_size"],
-            seq_len=length,
-            flops=here.model.flops(length),
-            loss_tokens=config["task"].get("loss_chunk") or (1 << 24) // vocab,
+            flops=here.row_flops,
+            **found,
             state_bytes=problem.device_bytes(start.abstract_state(here)),
             item=4 if dims.dtype == "float32" else 2,
             rates={name: getattr(chip, name).value for name in _NO_CHIP}

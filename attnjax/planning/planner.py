@@ -4,13 +4,13 @@ import dataclasses
 import os
 from typing import Any
 
-from attnjax.models import lm
 from attnjax.models.matching import Matched
 from attnjax.planning import compilation, hlo, problem, roofline, targets
 from attnjax.planning.collectives import Collective, collectives
 from attnjax.planning.compilation import Compiled
 from attnjax.planning.roofline import Estimate
 from attnjax.planning.targets import PlanTarget
+from attnjax.training import feeds
 
 # Whatever attention does was traced from here.
 ATTENTION = "attnjax/kernels/dispatch.py"
@@ -78,9 +78,15 @@ class Plan:
     decode_note: str = ""
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one training step."""
-        return self.config["train"]["batch_size"] * self.config["data"]["seq_len"]
+    def unit(self) -> str:
+        """What speeds are counted in: "token" or "image"."""
+        return feeds.feed_class(self.config["model"]).unit
+
+    @property
+    def units(self) -> int:
+        """Tokens or images of one training step."""
+        per_row = feeds.make(self.config).units_per_row
+        return self.config["train"]["batch_size"] * per_row
 
 
 def plan(
@@ -118,7 +124,7 @@ def plan(
         here.model.parameter_count(),
         here.model.matched,
         dict(here.mesh.shape),
-        lm.compute_dtype(here.model.config, target.platform),
+        here.model.dims.dtype,
         train,
         decoded,
         note,
@@ -130,7 +136,7 @@ def _train(here, target: PlanTarget, devices: list) -> ProgramPlan:
     state, batch = program.arguments
     kept = ("params", "buffers", "ema")
     rest = {name: state[name] for name in state if name not in kept}
-    flops = 3.0 * here.model.flops(here.data.seq_len) * here.train.batch_size
+    flops = 3.0 * here.row_flops * here.train.batch_size
     return _weigh(
         here,
         target,
@@ -148,7 +154,7 @@ def _train(here, target: PlanTarget, devices: list) -> ProgramPlan:
 def _decode(here, target, devices, batch) -> tuple[ProgramPlan | None, str]:
     from attnjax.core.errors import UserError
 
-    length = here.data.seq_len
+    length = here.feed.units_per_row
     try:
         program = problem.decoding(here, batch=batch, max_len=length)
     except UserError as error:
@@ -193,7 +199,7 @@ def _weigh(here, target, compiled: Compiled, *, sizes, model_flops) -> ProgramPl
             target.chip,
             costs,
             rows,
-            dtype=lm.compute_dtype(here.model.config, target.platform),
+            dtype=here.model.dims.dtype,
             model_flops=model_flops,
             optimal_seconds=compiled.optimal_seconds,
         )
@@ -223,7 +229,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "remat": plan.config["model"]["remat"],
         "accumulate": plan.config["train"]["accumulate"],
-        "tokens_per_step": plan.tokens,
+        f"{plan.unit}s_per_step": plan.units,
         "train": _program_json(plan.train),
         "decode": _program_json(plan.decode),
         "decode_note": plan.decode_note,

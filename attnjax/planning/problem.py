@@ -9,27 +9,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attnjax import data
-from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.errors import UserError
-from attnjax.data.tokenizers.base import Building
-from attnjax.data.tokenizers.registry import make_tokenizer
 from attnjax.decoding.sampling import Sampler, draw
 from attnjax.models.layout import path_of
 from attnjax.planning.targets import PlanTarget
 from attnjax.training import experiment as experiments
-from attnjax.training import optimizers, sharding, source_run, start
+from attnjax.training import sharding, source_run, start
 from attnjax.training.experiment import Experiment
-from attnjax.training.step import Recipe, make_dispatch
-
-BATCH = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "segment_ids": jnp.int32,
-    "positions": jnp.int32,
-    "weights": jnp.float32,
-}
+from attnjax.training.step import make_dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,44 +35,14 @@ class Program:
     arguments: tuple
 
 
-def vocab_size(config: dict) -> int:
-    """V, from the tokenizer's name where that says it, else by opening the data."""
-    source = config["data"]
-    kind, _, argument = str(source.get("tokenizer", "")).partition(":")
-    if kind == "bytes":
-        return 256
-    if kind in ("bpe", "ids") and argument.isdecimal():
-        return int(argument)
-    if kind == "json":
-        building = Building(eos_token=source.get("eos_token"))
-        return make_tokenizer(source["tokenizer"], building).vocab_size
-    settings = schema.build(data.config_class(source["name"]), source)
-    return data.open_corpus(settings).tokenizer.vocab_size
-
-
 def experiment(config: dict, target: PlanTarget, devices: list) -> Experiment:
     """What `training.experiment.build` makes, for the target and without its data."""
-    config = source_run.completed(config)
-    mesh = sharding.make_mesh(schema.build(sharding.Config, config["mesh"]), devices)
-    train = schema.build(experiments.TrainConfig, config["train"])
-    sharding.check_batch(train.batch_size, train.accumulate, mesh)
-    module = experiments.MODELS[config["model"]["name"]]
-    model = module.LM(
-        schema.build(module.Config, config["model"]),
-        vocab_size(config),
+    return experiments.planned(
+        source_run.completed(config),
+        devices=devices,
         platform=target.platform,
         target=target.kernel_target,
     )
-    task, form = experiments.build_task_on(config, model, mesh)
-    recipe = Recipe(
-        task=task,
-        optim=schema.build(optimizers.Config, config["optim"]),
-        steps=train.steps,
-        seed=train.seed,
-        accumulate=train.accumulate,
-    )
-    rules = sharding.resolve_rules(config["mesh"]["rules"])
-    return Experiment(config, None, model, task, recipe, mesh, rules, None, form)
 
 
 def training(here: Experiment) -> Program:
@@ -97,11 +55,12 @@ def training(here: Experiment) -> Program:
     settings = here.train
     parts = (settings.accumulate,) if settings.accumulate > 1 else ()
     rows = settings.batch_size // settings.accumulate
-    shape = (1, *parts, rows, here.data.seq_len)
     place = sharding.batch_sharding(here.mesh, leading=1 + len(parts))
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-        for name, dtype in BATCH.items()
+        name: jax.ShapeDtypeStruct(
+            (1, *parts, rows, *row.shape), row.dtype, sharding=place
+        )
+        for name, row in here.feed.row_shapes().items()
     }
     return Program("train", jitted, (state, batch))
 
@@ -115,6 +74,8 @@ def decoding(here: Experiment, *, batch: int, max_len: int) -> Program:
     Raises:
         UserError: a model without a decode form.
     """
+    if here.feed.no_decoding:
+        raise UserError(here.feed.no_decoding)
     model, mesh = here.model, here.mesh
     params, buffers = jax.eval_shape(lambda: model.init(here.recipe.seed))
     arrays = jax.eval_shape(model.unstack, params, buffers)

@@ -196,10 +196,10 @@ def lines(found: Found, show: int) -> list[str]:
         else:
             result = f"fits, {size(train.total)} of {size(train.usable)}"
             if train.estimate is not None:
-                rate = plan.tokens / train.estimate.step
+                rate = plan.units / train.estimate.step
                 result += (
                     f", at least {seconds(train.estimate.step)} a step, at most "
-                    f"{number(rate).strip()} tokens/s, MFU at most "
+                    f"{number(rate).strip()} {plan.unit}s/s, MFU at most "
                     f"{100 * train.estimate.mfu:.0f} %"
                 )
         out.append(f"{place + 1}. {flags(config, plan)}: {result}")

@@ -58,13 +58,13 @@ def lines(plan: Plan) -> list[str]:
     out = [
         f"{plan.target.name}: {plan.target.count} x {kind}, mesh "
         f"{mesh_text(plan.mesh)}; {count(plan.parameters, 'parameter')}, "
-        f"{plan.tokens:,} tokens a step in "
+        f"{plan.units:,} {plan.unit}s a step in "
         f"{count(settings['train']['accumulate'], 'micro-batch')}, {plan.dtype}, "
         f"remat={settings['model']['remat']}"
     ]
     if plan.matched is not None:
         out.append(plan.matched.line())
-    out += _program("training step", plan.train, plan.tokens)
+    out += _program("training step", plan.train, (plan.units, plan.unit))
     if plan.decode is None:
         out.append(f"decode step: not planned ({plan.decode_note})")
     else:
@@ -72,7 +72,7 @@ def lines(plan: Plan) -> list[str]:
     return out
 
 
-def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
+def _program(title: str, one: ProgramPlan, step: tuple[int, str] | None) -> list[str]:
     compiled = one.compiled
     out = [f"{title}: {verdict(one)}"]
     parts = [("parameters", one.parameters), ("optimizer", one.optimizer)]
@@ -112,20 +112,24 @@ def _program(title: str, one: ProgramPlan, tokens: int | None) -> list[str]:
             f"  {row.kind}: {size(row.bytes)} in {count(row.count, 'call')} among "
             f"{count(row.group, 'device')}{across}"
         )
-    out += _times(one, tokens)
+    out += _times(one, step)
     out += [f"  {c.family.replace('_', ' ')} by {c}" for c in compiled.choices]
     out += [f"  kernel failed: {line}" for line in compiled.failed_kernels]
     out.append(f"  traced and compiled in {compiled.seconds:.1f} s")
     return out
 
 
-def _times(one: ProgramPlan, tokens: int | None) -> list[str]:
+def _times(one: ProgramPlan, step: tuple[int, str] | None) -> list[str]:
+    """Speeds of a program that does so many units of a kind at a time."""
     guess = one.estimate
     if guess is None:
         if one.costs is None:
             return []
         return ["  time: not estimated (no peak speeds are known for this CPU)"]
-    rate = f", at most {number(tokens / guess.step).strip()} tokens/s" if tokens else ""
+    rate = ""
+    if step is not None:
+        count, unit = step
+        rate = f", at most {number(count / guess.step).strip()} {unit}s/s"
     out = [
         f"  time: at least {seconds(guess.step)}{rate}, MFU at most "
         f"{100 * guess.mfu:.0f} % ({guess.method})",

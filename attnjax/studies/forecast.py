@@ -19,14 +19,16 @@ class Cost:
 
     Attributes:
         parameters: of the model.
-        forward_flops_per_token: at the training length.
-        training_flops: 3 x forward, over all tokens of the run.
+        forward_flops_per_unit: of one token at the training length, or of one image.
+        unit: "token" or "image".
+        training_flops: 3 x forward, over all of the run.
         matched: how the FFN width was found, or None.
         seconds: estimated, or None where nothing has been measured.
     """
 
     parameters: int
-    forward_flops_per_token: float
+    forward_flops_per_unit: float
+    unit: str
     training_flops: float
     matched: Matched | None = None
     seconds: float | None = None
@@ -66,13 +68,12 @@ def _cost(study: Study, point: Planned, known: dict[str, Cost]) -> Cost:
         built = experiment.build(point.config)
     except UserError as error:
         raise UserError(f"--sweep: {study.file}: {point.name}: {error}") from None
-    length, train = built.data.seq_len, built.train
-    forward = built.model.flops(length) / length
-    tokens = train.steps * train.batch_size * length
+    feed, train, forward = built.feed, built.train, built.row_flops
     known[same] = Cost(
         built.model.parameter_count(),
-        forward,
-        3 * forward * tokens,
+        forward / feed.units_per_row,
+        feed.unit,
+        3 * forward * train.steps * train.batch_size,
         built.model.matched,
     )
     return known[same]
@@ -100,7 +101,9 @@ def _matched(study: Study, found: list[Cost]) -> list[str]:
 def lines(study: Study) -> list[str]:
     """The forecast as an aligned table and a closing line."""
     found, basis = costs(study)
-    head = ("hash", "state", "parameters", "FLOPs/token", "time", "point")
+    units = dict.fromkeys(cost.unit for cost in found)
+    flops = "FLOPs/" + " or ".join(units)
+    head = ("hash", "state", "parameters", flops, "time", "point")
     rows = [head]
     for point, cost in zip(study.points, found, strict=True):
         state = ledger.current(study.workdir, point.hash).state
@@ -109,7 +112,7 @@ def lines(study: Study) -> list[str]:
                 point.hash,
                 state,
                 f"{cost.parameters:,}",
-                f"{cost.forward_flops_per_token:.4g}",
+                f"{cost.forward_flops_per_unit:.4g}",
                 "unknown" if cost.seconds is None else f"{cost.seconds:.0f} s",
                 point.name,
             )

@@ -10,7 +10,7 @@ from attnjax.studies import footnotes, state_size, statistics
 from attnjax.studies.collect import Run
 from attnjax.studies.table import PaperValue, Table, matches, text_of
 from attnjax.studies.values import check_metrics, is_timed, metric_of
-from attnjax.training.finish import DECODE_STATE
+from attnjax.training.feeds.text import DECODE_STATE
 
 # Costs beside the metrics: title, and how they are read from summary.json.
 COSTS: dict[str, tuple[str, Callable[[dict], Any]]] = {

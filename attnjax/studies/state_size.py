@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from attnjax.core import mappings
 from attnjax.studies.collect import Run
 from attnjax.studies.table import show_labels
-from attnjax.training.finish import DECODE_STATE
+from attnjax.training.feeds.text import DECODE_STATE
 
 _VOCABULARY = 256  # any: no decode state depends on it
 _SHOWN = 4
@@ -61,11 +61,11 @@ def _of(run: Run) -> tuple[float | None, str]:
 @functools.cache
 def _computed(parts: str) -> tuple[float | None, str]:
     from attnjax.training import experiment
-    from attnjax.training.finish import decode_state_per_token
+    from attnjax.training.feeds.text import decode_state_per_token
 
     try:
         config = experiment.resolve(json.loads(parts))
-        model = experiment.build_model(config, _VOCABULARY)
+        model = experiment.build_model(config, {"vocab_size": _VOCABULARY})
         return decode_state_per_token(model, config["data"]["seq_len"]), ""
     except Exception as error:
         # A config of another version, or a mechanism whose file is gone or changed: the

@@ -57,7 +57,12 @@ class LanguageModelling:
             of the first two where the devices share tokens), or None on one device.
         sequence_form: how attention is computed where they do (see `Context`). With
             "ring" the tokens of a batch lie in the order `kernels.zigzag`.
+
+    Attributes:
+        totals: the names of the sums that `evaluate` makes.
     """
+
+    totals = ("nll", "correct", "weight")
 
     def __init__(
         self,

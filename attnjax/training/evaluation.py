@@ -2,13 +2,11 @@
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attnjax import data
 from attnjax.data.prefetch import to_devices
 from attnjax.tasks import sink_metrics
 from attnjax.training import sharding
@@ -53,35 +51,28 @@ class Evaluator:
         # Whole on every host, so that each can read them.
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(every, out_shardings=everywhere)
-        explain = partial(experiment.task.explain, length=settings.explain_len)
 
         def lay_open(params, buffers, batch, most):
-            return explain(params, buffers, batch, most=most)
+            return experiment.task.explain(
+                params, buffers, batch, length=settings.explain_len, most=most
+            )
 
         if members is not None:
             lay_open = jax.vmap(lay_open, in_axes=(0, 0, None, None))
         self._lay_open = jax.jit(lay_open, out_shardings=everywhere)
 
     def _batches(self):
-        source, settings = self.experiment.data, self.experiment.eval
-        mesh, size = self.experiment.mesh, self.batch_size
-        rows, tokens = sharding.host_part(mesh, size, source.seq_len)
-        batches = data.eval_batches(
-            self.experiment.corpus.eval,
-            batch_size=size,
-            seq_len=source.seq_len,
-            mode=source.packing,
-            isolate=source.isolate,
-            rows=rows,
-        )
-        for batch in itertools.islice(batches, settings.batches):
-            yield self.experiment.placed(batch, tokens)
+        feed, size = self.experiment.feed, self.batch_size
+        rows = feed.host_rows(self.experiment.mesh, size)
+        batches = feed.eval_batches(batch_size=size, rows=rows)
+        for batch in itertools.islice(batches, self.experiment.eval.batches):
+            yield self.experiment.placed(batch)
 
     def __call__(self, params: dict, buffers: dict) -> dict | list[dict]:
         """Metrics of the held-out split, `task.summary` of the sums; a list of them
         for several members."""
         zero = np.zeros(() if self.members is None else self.members, np.float32)
-        totals = dict.fromkeys(("nll", "correct", "weight"), zero)
+        totals = dict.fromkeys(self.experiment.task.totals, zero)
         explained, left = None, self.experiment.eval.explain
         for batch in self._batches():
             if self.should_stop():
@@ -107,6 +98,6 @@ class Evaluator:
     def _summary(self, totals: dict, explained: dict) -> dict:
         found = self.experiment.task.summary(
             {name: float(value) for name, value in totals.items()},
-            bytes_per_token=self.experiment.bytes_per_token,
+            **self.experiment.feed.summary_facts,
         )
         return found | (sink_metrics.summary(explained) if explained else {})

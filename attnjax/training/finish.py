@@ -8,13 +8,9 @@ from typing import Any
 import jax
 
 from attnjax.core import chips
-from attnjax.core.errors import UserError
-from attnjax.data.statistics import NgramEntropy, ngram_entropy
 from attnjax.training import plots
 from attnjax.training.experiment import Experiment
-
-# The key of summary.json for `decode_state_per_token`; None without a decode form.
-DECODE_STATE = "decode_state_bytes_per_token"
+from attnjax.training.feeds.base import Reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +19,14 @@ class Ending:
 
     Attributes:
         summary: the content of summary.json.
-        entropy: n-gram entropies of the held-out split.
+        reference: what stands beside the held-out loss.
+        unit: what a loss is the mean over: "token" or "image".
         plot: where the loss curve is, relative to the run.
     """
 
     summary: dict
-    entropy: NgramEntropy
+    reference: Reference
+    unit: str
     plot: str
 
 
@@ -40,22 +38,18 @@ def finish(experiment: Experiment, run, rows: list[dict]) -> Ending:
         run: its RunDirectory.
         rows: of metrics.jsonl.
     """
-    corpus = experiment.corpus
-    mode = experiment.data.packing
-    entropy = ngram_entropy(corpus.train, corpus.eval, corpus.tokenizer, mode=mode)
-    summary = _summary(experiment, rows, entropy)
+    feed, reference = experiment.feed, experiment.feed.reference()
+    summary = _summary(experiment, rows, reference)
     run.write_summary(summary)
     plot = "plots/loss.png"
     plots.loss_curve(
         rows,
         run.path / plot,
         title=f"{experiment.config['data']['name']}: {_layers(experiment)}",
-        levels={
-            "unigram entropy": entropy.unigram,
-            "bigram entropy": entropy.bigram,
-        },
+        levels=reference.levels,
+        unit=feed.unit,
     )
-    return Ending(summary, entropy, plot)
+    return Ending(summary, reference, feed.unit, plot)
 
 
 def _layers(experiment: Experiment) -> str:
@@ -64,12 +58,11 @@ def _layers(experiment: Experiment) -> str:
     return text if len(text) < 50 else text[:47] + "..."
 
 
-def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) -> dict:
-    train = experiment.train
-    length = experiment.data.seq_len
+def _summary(experiment: Experiment, rows: list[dict], reference: Reference) -> dict:
+    train, feed = experiment.train, experiment.feed
     evals = [row for row in rows if row["split"] == "eval"]
     keys = [k for k in evals[-1] if k not in ("step", "split", "time")] if evals else []
-    flops = experiment.model.flops(length)
+    flops = experiment.row_flops
     return {
         "steps": train.steps,
         "final": {k: evals[-1][k] for k in keys},
@@ -78,13 +71,12 @@ def _summary(experiment: Experiment, rows: list[dict], entropy: NgramEntropy) ->
             key=lambda r: r["loss"] if math.isfinite(r["loss"]) else math.inf,
             default={},
         ),
-        "unigram_entropy": entropy.unigram,
-        "bigram_entropy": entropy.bigram,
-        "tokens_seen": train.steps * train.batch_size * length,
+        **reference.summary,
+        f"{feed.unit}s_seen": train.steps * train.batch_size * feed.units_per_row,
         "parameters": experiment.model.parameter_count(),
         **_matched(experiment.model),
-        "forward_flops_per_token": flops / length,
-        DECODE_STATE: _decode_state(experiment.model, length),
+        f"forward_flops_per_{feed.unit}": flops / feed.units_per_row,
+        **feed.more_summary(experiment.model),
         "time": _timing(experiment, rows, flops),
         "device": {
             "kind": jax.devices()[0].device_kind,
@@ -99,28 +91,6 @@ def _matched(model: Any) -> dict[str, Any]:
     return {} if model.matched is None else {"matched": model.matched.to_json()}
 
 
-def _decode_state(model: Any, length: int) -> float | None:
-    try:
-        return decode_state_per_token(model, length)
-    except UserError:
-        return None
-
-
-def decode_state_per_token(model: Any, length: int) -> float:
-    """Bytes of decode state a token of one sequence of `length`, over all layers.
-
-    Raises:
-        UserError: the model has no decode form; says which part has none.
-    """
-
-    def state():
-        arrays = model.unstack(*model.init(0))
-        return model.init_state(arrays, 1, length)
-
-    leaves = jax.tree.leaves(jax.eval_shape(state))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / length
-
-
 def _timing(experiment: Experiment, rows: list[dict], flops: float) -> dict[str, Any]:
     """Throughput over the logged steps, and utilisation where the peak is known."""
     pace = [
@@ -132,36 +102,34 @@ def _timing(experiment: Experiment, rows: list[dict], flops: float) -> dict[str,
         return {}
     # The median leaves out the line that waited for the compiler.
     seconds = sorted(pace)[len(pace) // 2]
-    sequences = experiment.train.batch_size / seconds
+    rows_per_second, feed = experiment.train.batch_size / seconds, experiment.feed
     timing = {
         "seconds_per_step": seconds,
-        "tokens_per_second": sequences * experiment.data.seq_len,
+        f"{feed.unit}s_per_second": rows_per_second * feed.units_per_row,
     }
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     if peak is not None:
-        timing["mfu"] = 3 * flops * sequences / peak / experiment.mesh.size
+        timing["mfu"] = 3 * flops * rows_per_second / peak / experiment.mesh.size
     return timing
 
 
 def lines(ending: Ending, run, sample: str | None) -> list[str]:
     """The end of a run for people."""
-    final, entropy = ending.summary["final"], ending.entropy
+    final, unit = ending.summary["final"], ending.unit
+    size = ending.reference.bytes_per_unit
 
-    def bits(nats: float) -> str:
-        if not entropy.bytes_per_token:
-            return ""
-        return f"  {nats / math.log(2) / entropy.bytes_per_token:.3f} bits/byte"
+    def shown(name: str, nats: float) -> str:
+        bits = f"  {nats / math.log(2) / size:.3f} bits/byte" if size else ""
+        return f"  {name:<18}{nats:.4f}{bits}"
 
-    text = ["", "held-out loss, nats per token"]
+    text = ["", f"held-out loss, nats per {unit}"]
     if "loss" in final:
-        text.append(f"  this model        {final['loss']:.4f}{bits(final['loss'])}")
-    text += [
-        f"  bigram entropy    {entropy.bigram:.4f}{bits(entropy.bigram)}",
-        f"  unigram entropy   {entropy.unigram:.4f}{bits(entropy.unigram)}",
-    ]
-    speed = ending.summary["time"].get("tokens_per_second")
+        text.append(shown("this model", final["loss"]))
+    levels = reversed(ending.reference.levels.items())
+    text += [shown(name, level) for name, level in levels]
+    speed = ending.summary["time"].get(f"{unit}s_per_second")
     if speed:
-        text.append(f"speed             {speed:,.0f} tokens/s")
+        text.append(f"speed             {speed:,.0f} {unit}s/s")
     text.append(f"parameters        {ending.summary['parameters']:,}")
     if sample is not None:
         text += ["", "sample:", *("  | " + line for line in sample.splitlines()), ""]

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attnjax import data, kernels
+from attnjax import kernels
 from attnjax.core import chips
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED
 from attnjax.data.prefetch import Prefetch, dispatches
@@ -102,7 +102,7 @@ class Loop:
         )
         self._jitted = self._make_program()
         self._programs: dict[int, Any] = {}
-        self._flops = 3.0 * experiment.model.flops(experiment.data.seq_len)
+        self._flops = 3.0 * experiment.row_flops
 
     # ---- what a group of runs does otherwise: see `vectorized.GroupLoop`
 
@@ -271,14 +271,14 @@ class Loop:
             return {}
         # Runs trained together share the time evenly.
         seconds = (now - start) / (step - start_step) / len(self.records)
-        sequences = self.train.batch_size / seconds
+        rows, feed = self.train.batch_size / seconds, self.experiment.feed
         times = {
             "seconds_per_step": seconds,
-            "tokens_per_second": sequences * self.experiment.data.seq_len,
+            f"{feed.unit}s_per_second": rows * feed.units_per_row,
         }
         peak = chips.peak_flops(jax.devices()[0].device_kind)
         if peak is not None:
-            times["mfu"] = sequences * self._flops / peak / self.experiment.mesh.size
+            times["mfu"] = rows * self._flops / peak / self.experiment.mesh.size
         return {"time": times}
 
     # ---- evaluation, checkpoints, leaving
@@ -329,22 +329,17 @@ class Loop:
 
 def build_batch(experiment: Experiment, step: int) -> dict:
     """The batch of one step (this host's part), micro-batches in front."""
-    settings, source, parts = experiment.train, experiment.data, []
+    settings, feed, parts = experiment.train, experiment.feed, []
     micro = settings.batch_size // settings.accumulate
-    own, tokens = sharding.host_part(experiment.mesh, micro, source.seq_len)
+    own = feed.host_rows(experiment.mesh, micro)
     for index in range(settings.accumulate):
-        rows = slice(index * micro + own.start, index * micro + own.stop)
-        part = data.batch(
-            experiment.corpus.train,
+        part = feed.batch(
             seed=settings.seed,
             step=step,
             batch_size=settings.batch_size,
-            seq_len=source.seq_len,
-            mode=source.packing,
-            isolate=source.isolate,
-            rows=rows,
+            rows=slice(index * micro + own.start, index * micro + own.stop),
         )
-        parts.append(experiment.placed(part, tokens))
+        parts.append(experiment.placed(part))
     if settings.accumulate == 1:
         return parts[0]
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}

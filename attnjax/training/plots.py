@@ -7,7 +7,12 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's palette
 
 
 def loss_curve(
-    rows: list[dict], path: Path, *, title: str, levels: dict[str, float]
+    rows: list[dict],
+    path: Path,
+    *,
+    title: str,
+    levels: dict[str, float],
+    unit: str = "token",
 ) -> None:
     """Draw training and held-out loss against the step into a PNG.
 
@@ -15,7 +20,8 @@ def loss_curve(
         rows: of metrics.jsonl.
         path: the PNG.
         title: above the picture.
-        levels: horizontal lines by name, nats per token.
+        levels: horizontal lines by name, nats per unit.
+        unit: what a loss is the mean over.
     """
     import matplotlib
 
@@ -45,7 +51,7 @@ def loss_curve(
             color=GREY,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {unit})")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()

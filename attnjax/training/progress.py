@@ -71,9 +71,9 @@ class Reporter:
             for name in ("loss", "grad_norm", "learning_rate")
             if name in values
         )
-        speed = values.get("time", {}).get("tokens_per_second")
-        if speed:
-            text += f"  {speed:,.0f} tokens/s"
+        for name, speed in values.get("time", {}).items():
+            if name.endswith("s_per_second"):
+                text += f"  {speed:,.0f} {name.removesuffix('_per_second')}/s"
         self.at(step, text)
         if self._bar is None and not self.is_quiet:
             now = time.monotonic()

@@ -110,7 +110,7 @@ class Record:
             "step": step,
             "pending_eval": self.pending_eval,
             "layout": self.experiment.model.layout.to_json(),
-            "vocab_size": self.experiment.model.vocab_size,
+            **self.experiment.feed.sizes_of(self.experiment.model),
         }
         self.services.metrics.sync()
         loss = None if self._last_eval is None else self._last_eval["loss"]

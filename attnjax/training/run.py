@@ -1,6 +1,7 @@
 """One run from its directory to its last line: open, start or resume, train, finish."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 
 from attnjax.core import mappings
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED, UserError
-from attnjax.data import tokenizers
 from attnjax.training import agreement, finish, hosts, source_run, start, trackers
 from attnjax.training import experiment as experiments
 from attnjax.training.checkpoint_reader import CheckpointReader
@@ -21,8 +21,6 @@ from attnjax.training.progress import Reporter
 from attnjax.training.record import BadSteps
 from attnjax.training.run_directory import CONFIG, RunDirectory
 from attnjax.training.signals import StopRequested, StopSignal, leave
-
-TOKENIZER = "tokenizer.json"
 
 
 def train(
@@ -118,7 +116,7 @@ def say_done(run: RunDirectory) -> None:
 
 
 def check_source(experiment) -> None:
-    """Raise UserError unless train.init_from is a run with the same tokenizer."""
+    """Raise UserError unless train.init_from is a run that this one may start from."""
     source = experiment.train.init_from
     if source is None:
         return
@@ -127,10 +125,14 @@ def check_source(experiment) -> None:
             f"config.train.init_from: {source!r} is not a run directory (it has no "
             f"{CONFIG})."
         )
-    stored = tokenizers.load_tokenizer(Path(source) / TOKENIZER)
-    tokenizers.check_same_tokenizer(
-        stored, experiment.corpus.tokenizer, owner="config.train.init_from"
-    )
+    stored = json.loads((Path(source) / CONFIG).read_text())
+    kind, own = stored["model"].get("name", "lm"), experiment.config["model"]["name"]
+    if kind != own:
+        raise UserError(
+            "config.train.init_from: must be a run of the same kind of model; got "
+            f"{source!r}, which is a {kind}, for a {own}."
+        )
+    experiment.feed.check_source(Path(source))
 
 
 def go_on(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> int:
@@ -166,7 +168,7 @@ def opened(experiment, run: RunDirectory):
     """A run's (MetricsLog, Checkpointer), closed at the end of the block."""
     with agreement.shared_failure(), disk_errors("workdir"):
         if hosts.is_writer():
-            tokenizers.save_tokenizer(experiment.corpus.tokenizer, run.path / TOKENIZER)
+            experiment.feed.save(run.path)
     settings = experiment.train
     with (
         MetricsLog(run.metrics, primary=hosts.is_writer()) as metrics,
@@ -252,12 +254,11 @@ def _trackers(experiment, run, step: int) -> tuple:
 def _say_start(experiment, run, step: int) -> None:
     if not hosts.is_writer():
         return
-    config, corpus = experiment.config, experiment.corpus
+    config = experiment.config
     devices = jax.devices()
     print(
         f"{experiment.model.parameter_count():,} parameters, "
-        f"{corpus.train.num_tokens:,} training and {corpus.eval.num_tokens:,} held-out "
-        f"tokens of {config['data']['name']}, {len(devices)} x "
+        f"{experiment.feed.description}, {len(devices)} x "
         f"{devices[0].device_kind}; step {step} of {experiment.train.steps}",
         flush=True,
     )

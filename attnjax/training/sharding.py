@@ -188,8 +188,12 @@ def batch_sharding(mesh: Mesh, *, leading: int = 1) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * leading, ("data", "fsdp"), *tokens))
 
 
-def host_part(mesh: Mesh, batch_size: int, seq_len: int) -> tuple[slice, slice]:
-    """The rows and the tokens of arrays [B, T] that lie on this host's devices."""
-    rows = host_rows(batch_size, NamedSharding(mesh, P(("data", "fsdp"))))
-    tokens = host_rows(seq_len, NamedSharding(mesh, P("sequence")))
-    return rows or slice(0, batch_size), tokens or slice(0, seq_len)
+def host_rows_of(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of arrays [B, ...] that lie on this host's devices."""
+    place = NamedSharding(mesh, P(("data", "fsdp")))
+    return host_rows(batch_size, place) or slice(0, batch_size)
+
+
+def host_tokens_of(mesh: Mesh, seq_len: int) -> slice:
+    """The tokens of arrays [B, T] that lie on this host's devices."""
+    return host_rows(seq_len, NamedSharding(mesh, P("sequence"))) or slice(0, seq_len)

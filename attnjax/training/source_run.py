@@ -33,7 +33,7 @@ def read_arrays(reader: CheckpointReader, path: str) -> tuple[dict, dict]:
 def read_model(path: str, meta: dict):
     """The model of a run directory with a checkpoint of this meta."""
     config = experiments.resolve(json.loads((Path(path) / CONFIG).read_text()))
-    return experiments.build_model(config, meta["vocab_size"])
+    return experiments.build_model(config, meta)
 
 
 def completed(config: dict, workdir: str | Path | None = None) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from attnjax.core import config as configs
 from attnjax.core.errors import UserError
 from attnjax.planning import formulas, planner, problem, search, targets, text
-from attnjax.training import experiment
+from attnjax.training import experiment, feeds
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ def test_a_model_without_decode_form_is_planned_for_training_alone(monkeypatch):
 def test_shipped_models_have_the_published_sizes(name, count):
     path = ROOT / "configs" / "lm" / f"{name}.py"
     config = experiment.resolve(configs.load_file(str(path)))
-    model = experiment.build_model(config, problem.vocab_size(config))
+    model = experiment.build_model(config, feeds.make(config).planned_sizes())
     params, _ = jax.eval_shape(model.init, 0)
     assert sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params)) == count
 

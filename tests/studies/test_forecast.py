@@ -43,7 +43,7 @@ def test_costs_are_those_of_the_model_and_scale_with_the_steps(study):
     short, long = found[0], found[1]
     assert long.training_flops == 3 * short.training_flops
     tokens = 10 * study.points[0].config["train"]["batch_size"] * 16
-    assert short.training_flops == 3 * short.forward_flops_per_token * tokens
+    assert short.training_flops == 3 * short.forward_flops_per_unit * tokens
     assert dataclasses.astuple(found[2]) == dataclasses.astuple(short)
     assert short.seconds is None
     assert basis.startswith("time unknown")

@@ -14,7 +14,7 @@ from attnjax.studies import cells, plots, results
 from attnjax.studies.collect import collect
 from attnjax.studies.table import Table
 from attnjax.studies.values import metrics_of
-from attnjax.training.finish import DECODE_STATE
+from attnjax.training.feeds.text import DECODE_STATE
 
 SIZES = (16, 32)
 MIXERS = ("attention", "gated_attention")

@@ -1,0 +1,32 @@
+"""What a run learns from: text or images, behind one interface (`feeds.base.Feed`).
+
+The name of the model decides: `config.model.name=lm` reads text.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from attnjax.core.errors import unknown
+from attnjax.training.feeds.base import Feed
+from attnjax.training.feeds.text import TextFeed
+
+__all__ = ["FEEDS", "Feed", "TextFeed", "feed_class", "make"]
+
+FEEDS: dict[str, type[Feed]] = {"lm": TextFeed}
+
+
+def feed_class(model: Mapping[str, Any]) -> type[Feed]:
+    """The feed of a `config.model`, resolved or not.
+
+    Raises:
+        UserError: for an unknown `name`.
+    """
+    name = str(model.get("name", "lm"))
+    if name not in FEEDS:
+        raise unknown("config.model.name", "model", name, FEEDS)
+    return FEEDS[name]
+
+
+def make(config: Mapping[str, Any]) -> Feed:
+    """The feed of a resolved config; its data is not opened yet."""
+    return feed_class(config["model"])(config)
