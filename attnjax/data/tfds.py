@@ -51,10 +51,10 @@ def open_source(config: Config) -> TextSource:
     """
     builder = prepared_builder(config.argument, config.data_dir)
     field = _text_field(builder, config)
-    eval_split = config.eval_split or _default_eval_split(builder, config)
+    eval_split = config.eval_split or default_eval_split(builder, config.train_split)
     train = data_source(builder, config.train_split)
     held_out = data_source(builder, eval_split)
-    _refuse_overlap(builder, config.train_split, eval_split)
+    refuse_overlap(builder, config.train_split, eval_split)
     folder = Path(builder.data_dir)
     label = builder.info.full_name.split("/")[0]
     facts = {
@@ -126,15 +126,20 @@ def prepared_builder(name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def data_source(builder: Any, split: str) -> Any:
+def data_source(builder: Any, split: str, decoders: Any = None) -> Any:
     """Random access to the examples of a TFDS split expression.
+
+    Args:
+        builder: from `prepared_builder`.
+        split: e.g. "train[:90%]".
+        decoders: TFDS's, by feature; None decodes everything.
 
     Raises:
         UserError: unknown or empty split.
     """
     known = list(builder.info.splits)
     try:
-        source = builder.as_data_source(split=split)
+        source = builder.as_data_source(split=split, decoders=decoders)
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(
             "tfds: a split must name examples of the data set (such as "
@@ -191,9 +196,14 @@ def _is_text(feature: Any) -> bool:
     return feature.shape == () and feature.np_dtype in (object, str, bytes)
 
 
-def _default_eval_split(builder: Any, config: Config) -> str:
+def default_eval_split(builder: Any, train_split: str) -> str:
+    """What is held out where nothing is said: "validation", else "test".
+
+    Raises:
+        UserError: there is neither.
+    """
     for name in ("validation", "test"):
-        if name in builder.info.splits and name != config.train_split:
+        if name in builder.info.splits and name != train_split:
             return name
     raise UserError(
         "tfds: something must be held out; got a data set with splits "
@@ -202,7 +212,9 @@ def _default_eval_split(builder: Any, config: Config) -> str:
     )
 
 
-def _refuse_overlap(builder: Any, train_split: str, eval_split: str) -> None:
+def refuse_overlap(builder: Any, train_split: str, eval_split: str) -> None:
+    """Raise `UserError` if two split expressions share examples."""
+
     def parts(split: str) -> list[tuple[str, int, int]]:
         return [
             (str(part.filename), part.skip, part.skip + part.take)

@@ -14,46 +14,8 @@ SHARED = Path(__file__).parents[3] / "shared" / "data" / "tfds"
 TEXTS = {"train": ["one", "zwölf", "three"], "validation": ["four"], "test": ["five"]}
 
 
-def write_data_set(folder, name, features, splits):
-    """An array_record data set, written through TFDS without TensorFlow."""
-    import tensorflow_datasets as tfds
-    from array_record.python import array_record_module
-    from tensorflow_datasets.core import example_serializer
-
-    folder = folder / name / "1.0.0"
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(features)
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    infos = []
-    for split, examples in splits.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder,
-            dataset_name=name,
-            split=split,
-            filetype_suffix="array_record",
-        )
-        path = str(folder / f"{name}-{split}.array_record-00000-of-00001")
-        writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-        for example in examples:
-            encoded = features.encode_example(example)
-            writer.write(serializer.serialize_example(encoded))
-        writer.close()
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[len(examples)],
-                num_bytes=1,
-                filename_template=template,
-            )
-        )
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(folder), features=features, split_infos=infos, check_data=False
-    )
-    return folder
-
-
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, write_data_set):
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text
@@ -193,7 +155,7 @@ def test_a_data_set_with_nothing_to_hold_out_is_refused(folder):
         documents(folder, "tfds:pairs", text_field="de")
 
 
-def test_text_that_is_not_utf_8_is_refused(tmp_path):
+def test_text_that_is_not_utf_8_is_refused(tmp_path, write_data_set):
     import tensorflow_datasets as tfds
 
     bad = [{"text": b"ok"}, {"text": b"caf\xe9"}]

@@ -57,6 +57,9 @@ class Stored:
     size: str = ""
     is_stored: bool = dataclasses.field(default=True, init=False)
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def read(self, indices, finish):
         """See `Reader.read`; every image can be decoded."""
         made = [finish(k, self.images[index]) for k, index in enumerate(indices)]
@@ -196,7 +199,17 @@ def make_corpus(
     fingerprint: str,
     provenance: dict[str, Any],
 ) -> ImageCorpus:
-    """An `ImageCorpus` of the readers of its two splits."""
+    """An `ImageCorpus` of the readers of its two splits.
+
+    Raises:
+        UserError: a split without images.
+    """
+    for name, count in zip(("train", "eval"), counts, strict=True):
+        if count == 0:
+            raise UserError(
+                f"data: every split must have an image; got none in the {name} split "
+                f"of {config.name}. Hold out another share, or name other splits."
+            )
     train, held_out = (
         ImageSplit(reader, count, len(class_names), config, name)
         for reader, count, name in zip(readers, counts, ("train", "eval"), strict=True)

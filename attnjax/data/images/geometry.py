@@ -22,12 +22,12 @@ def resize(image: np.ndarray, size: int, box: Box) -> np.ndarray:
 
     Returns: uint8 [size, size, Ch].
     """
-    from PIL import Image
-
     left, top, right, bottom = box
     if (right - left, bottom - top) == (size, size) and left % 1 == top % 1 == 0:
         top, left = int(top), int(left)
         return image[top : top + size, left : left + size]
+    from PIL import Image
+
     flat = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     done = np.asarray(flat.resize((size, size), Image.Resampling.BILINEAR, box=box))
     return done.reshape(size, size, image.shape[-1])
