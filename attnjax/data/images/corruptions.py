@@ -1,9 +1,10 @@
 """What evaluation may do to images, at five severities.
 
 Source: Hendrycks and Dietterich, "Benchmarking neural network robustness to common
-corruptions and perturbations" (arXiv:1903.12261): the noise and the contrast have
-their numbers for ImageNet; the blur is a Gaussian whose width is a share of the
-image's side, so that a severity means the same at every size.
+corruptions and perturbations" (arXiv:1903.12261), with its numbers for ImageNet: the
+noise, the contrast and, of its additional corruptions, the Gaussian blur. Its blur is
+for 224 pixels a side; other sizes have one whose width goes with the root of the side,
+which lies between the same pixels and the same share of the image.
 """
 
 import math
@@ -15,7 +16,8 @@ from attnjax.data import keyed
 
 NOISE_STD = (0.08, 0.12, 0.18, 0.26, 0.38)  # of pixels in [0, 1]
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # what is left of the distance to the mean
-BLUR_SHARE = (0.01, 0.02, 0.03, 0.045, 0.06)  # standard deviation over the side
+BLUR_STD = (1.0, 2.0, 3.0, 4.0, 6.0)  # in pixels of an image of BLUR_SIDE
+BLUR_SIDE = 224
 SEVERITIES = 5
 
 
@@ -63,11 +65,12 @@ def gaussian_noise(images: np.ndarray, indices: np.ndarray, severity: int):
 
 def blur(images: np.ndarray, indices: np.ndarray, severity: int):
     """A Gaussian blur; what lies outside repeats the edge."""
+    size = images.shape[1]
+    weights = gaussian_weights(BLUR_STD[severity - 1] * math.sqrt(size / BLUR_SIDE))
+    reach = len(weights) // 2
     for axis in (1, 2):
-        weights = gaussian_weights(BLUR_SHARE[severity - 1] * images.shape[axis])
-        reach = len(weights) // 2
         width = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
-        padded, size = np.pad(images, width, mode="edge"), images.shape[axis]
+        padded = np.pad(images, width, mode="edge")
         images = sum(
             weight * np.take(padded, range(k, k + size), axis=axis)
             for k, weight in enumerate(weights)
