@@ -1,8 +1,8 @@
 """What a token mixer is told besides its input, and what it gives back.
 
 One `Context` serves every mixer: a mixer reads the fields it needs. Arrays are
-pytree leaves; `train`, `causal`, `mask`, `grid`, `hooks`, `rows` and `sequence_form`
-are static.
+pytree leaves; `train`, `causal`, `mask`, `grid`, `extra_tokens`, `hooks`, `rows` and
+`sequence_form` are static.
 """
 
 import dataclasses
@@ -35,7 +35,12 @@ class Context:
         interventions: operand arrays of the static `hooks`, by hook name.
         causal: whether a token may look only at itself and earlier tokens.
         mask: an extra `kernels` mask (static), combined by "and", or None.
-        grid: sizes of the 1-3 D grid that T flattens, or None.
+        grid: sizes of the 1-3 D grid that T flattens in row-major order, or None.
+        extra_tokens: with a grid, how many leading tokens are not of it (a class
+            token, registers): T = extra_tokens + prod(grid), and position p >=
+            extra_tokens is place p - extra_tokens of the grid. A mixer that takes
+            grids and does not declare `Capabilities.extra_tokens` refuses them; one
+            that reads T as a sequence sees them as its first tokens.
         train: whether dropout and batch statistics are on.
         hooks: static, hashable probe and intervention records for this layer.
         rows: how arrays [B, ...] lie on the devices, or None on one device; arrays
@@ -62,6 +67,7 @@ class Context:
     grid: tuple[int, ...] | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    extra_tokens: int = dataclasses.field(default=0, metadata={"static": True})
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     hooks: tuple = dataclasses.field(default=(), metadata={"static": True})
     rows: jax.sharding.NamedSharding | None = dataclasses.field(

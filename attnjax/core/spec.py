@@ -17,6 +17,8 @@ class Capabilities:
         decode: has `init_state` and `step`.
         grid: the grid ranks it accepts (1, 2, 3), empty if it needs no grid.
         needs_grid: refuses a plain sequence.
+        extra_tokens: with a grid, honours `ctx.extra_tokens`; without it the mixer
+            must be given exactly the grid.
         segments: honours `ctx.segment_ids` (packed documents, padding).
         prefix: honours `ctx.prefix_len`.
         sequence: honours `ctx.sequence_form` and `ctx.places`: in the full pass tokens
@@ -29,6 +31,7 @@ class Capabilities:
     decode: bool = True
     grid: tuple[int, ...] = ()
     needs_grid: bool = False
+    extra_tokens: bool = False
     segments: bool = True
     prefix: bool = False
     sequence: bool = False
@@ -111,7 +114,10 @@ class MixerDims:
             puts in front included.
         prefix_tokens: learned tokens that the model puts in front of every row. They
             stand at the first positions of its documents; windows keep seeing them.
-        rope: the model's rotary settings (an `nn.positions.Rope`), or None.
+        grid: sizes of the grid that the model's tokens lie on, behind its
+            prefix_tokens; None for sequences.
+        rope: the model's rotary settings (an `nn.Rope`; on a grid an
+            `nn.AxialRope`), or None.
         norm: name of the norm class of the model ("rms" or "layer").
         norm_eps: its epsilon.
         zero_centered_norm: whether scales of norms are stored less 1.
@@ -132,6 +138,7 @@ class MixerDims:
     num_layers: int = 1
     max_len: int = 1024
     prefix_tokens: int = 0
+    grid: tuple[int, ...] | None = None
     rope: Any = None
     qk_norm: bool = False
     norm: str = "rms"

@@ -189,10 +189,9 @@ class Mixer(attention.Mixer):
         """exp(i gamma omega position) on [B, T, heads, D]."""
         if self.rope is None or self.gamma is None:
             return super().rotate(x, positions)
-        frequency, temperature = nn.rope_frequencies(x.shape[-1], self.rope)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        angle = positions[..., None, None].astype(wide) * jnp.asarray(frequency, wide)
-        angle = angle * self._spread(self.gamma, x)[:, None]
+        angle, temperature = self.rope.angles(positions, x.shape[-1], wide)
+        angle = angle[:, :, None] * self._spread(self.gamma, x)[:, None]
         first, second = jnp.split(x.astype(wide), 2, axis=-1)
         cos, sin = jnp.cos(angle) * temperature, jnp.sin(angle) * temperature
         turned = [first * cos - second * sin, second * cos + first * sin]

@@ -136,9 +136,10 @@ def rope_of(config: Config, dims: MixerDims) -> nn.Rope | None:
     """The layer's rotary settings, or None."""
     if config.positions == "none" or sizes_of(config, dims).rope_dim == 0:
         return None
+    own = config.rope or dims.rope
     if config.positions == "rope":
-        return config.rope or dims.rope or nn.Rope()
-    return config.rope or dims.rope
+        own = own or nn.Rope()
+    return nn.rope_on_grid(own, dims.grid, dims.prefix_tokens)
 
 
 def layer_config(config: Config, dims: MixerDims) -> attention.Config:
@@ -306,7 +307,7 @@ class Mixer(attention.Mixer):
             return x
         plain, turned = jnp.split(x, [x.shape[-1] - self.sizes.rope_dim], axis=-1)
         turned = nn.apply_rope(turned, positions, self.rope)
-        temperature = nn.rope_frequencies(self.sizes.rope_dim, self.rope)[1]
+        temperature = self.rope.temperature
         if temperature != 1.0:
             turned = turned / jnp.asarray(temperature, turned.dtype)
         return jnp.concatenate([plain, turned], axis=-1)

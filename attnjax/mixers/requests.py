@@ -51,7 +51,7 @@ def check_request(
         )
     if ctx.mask is not None and not mask:
         raise _refusal(spec, "takes no further mask", "mask", ctx.mask)
-    _check_grid(spec, ctx.grid)
+    _check_grid(spec, ctx.grid, ctx.extra_tokens)
     hooks = tuple(hooks)
     for hook in ctx.hooks:
         if hook.what not in hooks:
@@ -65,13 +65,26 @@ def check_memory(spec: MixerSpec, memory) -> None:
         raise _refusal(spec, "has no cross-attention", "memory", memory.shape)
 
 
-def _check_grid(spec: MixerSpec, grid) -> None:
+def _check_grid(spec: MixerSpec, grid, extra_tokens: int) -> None:
     """A mixer without grid ranks reads T as a sequence, whatever grid it flattens."""
     ranks = spec.capabilities.grid
     if grid is None and spec.capabilities.needs_grid:
         raise _refusal(spec, f"needs a grid of rank {ranks}", "grid", None)
     if grid is not None and ranks and len(grid) not in ranks:
         raise _refusal(spec, f"takes grids of rank {ranks}", "grid", grid)
+    if grid is not None and ranks and extra_tokens:
+        check_extra_tokens(spec, extra_tokens)
+
+
+def check_extra_tokens(spec: MixerSpec, extra_tokens: int) -> None:
+    """Raise UserError when tokens stand before a grid that must come alone."""
+    can = spec.capabilities
+    if extra_tokens and can.grid and not can.extra_tokens:
+        raise UserError(
+            f"{spec.name}: takes exactly the tokens of a grid; got extra_tokens="
+            f"{extra_tokens} (class token and registers) before it. Set "
+            "config.model.pool=mean and config.model.registers=0."
+        )
 
 
 def _refusal(spec: MixerSpec, rule: str, name: str, value) -> UserError:

@@ -24,6 +24,11 @@ class BlockDims:
         post_norm: what each sub-layer adds has a norm too.
         residual_scale: factor on what each sub-layer adds.
         dropout: rate on what each sub-layer adds.
+        layer_scale: first value of the learned factors [C] on what each sub-layer
+            adds; None leaves them out.
+        drop_path: rate at which the last layer's sub-layers add nothing to a row
+            in training; that of layer l of L is l / (L - 1) of it.
+        num_layers: L.
         std, out_std: initialisation of inner maps and of maps into the residual.
         dtype, param_dtype: compute and storage dtypes.
     """
@@ -38,6 +43,9 @@ class BlockDims:
     post_norm: bool = False
     residual_scale: float = 1.0
     dropout: float = 0.0
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    num_layers: int = 1
     std: float = 0.02
     out_std: float = 0.02
     dtype: str = "float32"
@@ -48,7 +56,9 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); extra streams run through both.
 
     With `post_norm` x + norm(mixer(norm(x))), and the same for the MLP: Gemma 2,
-    arXiv 2408.00118, section 2.
+    arXiv 2408.00118, section 2. Layer-scale: Touvron et al., arXiv 2103.17239, eq. 4.
+    Drop-path is the stochastic depth of Huang et al., arXiv 1603.09382, a row at a
+    time; extra streams, which all rows share, are never dropped.
     """
 
     def __init__(self, make_mixer, dims: BlockDims, *, rngs: nnx.Rngs):
@@ -66,10 +76,12 @@ class Block(nnx.Module):
         self.norm_mixer = norm()
         self.post_norm_mixer = norm() if dims.post_norm else None
         self.mixer = make_mixer(rngs=rngs)
+        self.layer_scale_mixer = self._layer_scale(rngs)
         self.has_mlp = dims.mlp_dim > 0
         if self.has_mlp:
             self.norm_mlp = norm()
             self.post_norm_mlp = norm() if dims.post_norm else None
+            self.layer_scale_mlp = self._layer_scale(rngs)
             self.mlp = nn.MLP(
                 dims.embed_dim,
                 dims.mlp_dim,
@@ -81,6 +93,15 @@ class Block(nnx.Module):
                 param_dtype=jnp.dtype(dims.param_dtype),
                 rngs=rngs,
             )
+
+    def _layer_scale(self, rngs: nnx.Rngs):
+        """The factors of one sub-layer, or None."""
+        dims = self.dims
+        if dims.layer_scale is None:
+            return None
+        start = jax.nn.initializers.constant(dims.layer_scale)
+        dtype = jnp.dtype(dims.param_dtype)
+        return nn.param(rngs, (dims.embed_dim,), start, dtype=dtype)
 
     def __call__(
         self, x: jax.Array, streams: dict, ctx: Context
@@ -139,12 +160,14 @@ class Block(nnx.Module):
 
     def _of_mixer(self, y):
         """What the mixer adds."""
-        return y if self.post_norm_mixer is None else self.post_norm_mixer(y)
+        y = y if self.post_norm_mixer is None else self.post_norm_mixer(y)
+        return _scaled(y, self.layer_scale_mixer)
 
     def _of_mlp(self, x):
         """What the MLP adds to x."""
         y = self.mlp(self.norm_mlp(x))
-        return y if self.post_norm_mlp is None else self.post_norm_mlp(y)
+        y = y if self.post_norm_mlp is None else self.post_norm_mlp(y)
+        return _scaled(y, self.layer_scale_mlp)
 
     def _add(self, x, y, ctx: Context, salt: int):
         dims = self.dims
@@ -155,9 +178,25 @@ class Block(nnx.Module):
                 prng_key=jax.random.fold_in(ctx.prng_key, salt),
                 train=True,
             )
+        if dims.drop_path and ctx.train and salt in (0, 1):
+            y = nn.drop_path(
+                y,
+                dims.drop_path * self._depth(ctx),
+                prng_key=jax.random.fold_in(ctx.prng_key, 8 + salt),
+            )
         if dims.residual_scale != 1.0:
             y = y * jnp.asarray(dims.residual_scale, y.dtype)
         return x + y.astype(x.dtype)
+
+    def _depth(self, ctx: Context) -> jax.Array:
+        """float32 scalar: 0 at the first layer, 1 at the last."""
+        last = self.dims.num_layers - 1
+        return ctx.layer_index / jnp.float32(last) if last else jnp.float32(1)
+
+
+def _scaled(y: jax.Array, scale) -> jax.Array:
+    """What a sub-layer adds, times its layer-scale."""
+    return y if scale is None else y * scale[...].astype(y.dtype)
 
 
 def _alone(ctx: Context, streams: dict) -> Context:

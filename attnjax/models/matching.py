@@ -108,13 +108,11 @@ def baseline_of(config: Any, depth: int) -> Any:
         for name in ("num_heads", "num_kv_heads")
         if getattr(chosen, name) is not None
     }
-    kind = type(config.prefix)
     return dataclasses.replace(
-        config,
+        config.without_learned_tokens(),
         layers=chosen.layers,
         num_layers=depth,
         mixers={},
-        prefix=kind(),
         params=None,
         match=Config(),
         **heads,

@@ -6,6 +6,7 @@ from typing import Any
 from attnjax.core import discovery, schema
 from attnjax.core.errors import UserError
 from attnjax.core.spec import MixerDims, MixerSpec
+from attnjax.mixers.requests import check_extra_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +87,39 @@ def check_causal(made: dict[str, Choice]) -> None:
     Raises:
         UserError: naming the instance, and the options that take causality away.
     """
+    _check_direction(made, "causal", "a language model is causal")
+
+
+def check_on_grid(made: dict[str, Choice], rank: int, *, extra_tokens: int) -> None:
+    """Refuse mechanisms and settings that a model on a grid of tokens has no use for.
+
+    Args:
+        rank: axes of the grid.
+        extra_tokens: tokens before it.
+
+    Raises:
+        UserError: for one that is only causal, takes grids of another rank, or must be
+            given the grid's tokens alone.
+    """
+    _check_direction(made, "bidirectional", "an image model is bidirectional")
     for name, choice in made.items():
-        if choice.spec.capabilities.causal:
+        ranks = choice.spec.capabilities.grid
+        if ranks and rank not in ranks:
+            raise UserError(
+                f"config.model.mixers.{name}: {choice.spec.name} takes grids of rank "
+                f"{ranks}; got rank {rank}. Choose another mixer for its layers."
+            )
+        check_extra_tokens(choice.spec, extra_tokens)
+
+
+def _check_direction(made: dict[str, Choice], wanted: str, rule: str) -> None:
+    """Refuse what lacks the capability `wanted`, or loses it by its settings."""
+    for name, choice in made.items():
+        if getattr(choice.spec.capabilities, wanted):
             continue
         lacks = choice.module.SPEC.lacks
-        why = (lacks(choice.config) if lacks else {}).get("causal")
+        why = (lacks(choice.config) if lacks else {}).get(wanted)
         raise UserError(
-            f"config.model.mixers.{name}: a language model is causal, and "
-            f"{choice.module.SPEC.name} is not"
+            f"config.model.mixers.{name}: {rule}, and {choice.module.SPEC.name} is not"
             + (f" with {why}" if why else ". Choose another mixer for its layers.")
         )

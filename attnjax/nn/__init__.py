@@ -1,11 +1,19 @@
 """Parts that do not mix tokens: linear maps, norms, MLPs, positions, embeddings."""
 
-from attnjax.nn.dropout import dropout
+from attnjax.nn.dropout import drop_path, dropout
 from attnjax.nn.embedding import Embedding
+from attnjax.nn.grid_positions import (
+    AxialRope,
+    resample_table,
+    rope_on_grid,
+    sincos_2d,
+)
 from attnjax.nn.linear import Linear, axes_apart
 from attnjax.nn.mlp import ACTIVATIONS, MLP, mlp_parameters_per_unit
 from attnjax.nn.norms import NORMS, LayerNorm, RMSNorm, make_norm
 from attnjax.nn.parameter import Buffer, buffer, materialize, param
+from attnjax.nn.patches import PatchEmbedding, patchify
+from attnjax.nn.pooling import AttentivePool
 from attnjax.nn.positions import (
     Rope,
     alibi_slopes,
@@ -17,20 +25,28 @@ __all__ = [
     "ACTIVATIONS",
     "MLP",
     "NORMS",
+    "AttentivePool",
+    "AxialRope",
     "Buffer",
     "Embedding",
     "LayerNorm",
     "Linear",
+    "PatchEmbedding",
     "RMSNorm",
     "Rope",
     "alibi_slopes",
     "apply_rope",
     "axes_apart",
     "buffer",
+    "drop_path",
     "dropout",
     "make_norm",
     "materialize",
     "mlp_parameters_per_unit",
     "param",
+    "patchify",
+    "resample_table",
     "rope_frequencies",
+    "rope_on_grid",
+    "sincos_2d",
 ]

@@ -76,6 +76,25 @@ class Rope:
         """How many of `head_dim` entries are rotated (even)."""
         return 2 * int(head_dim * self.fraction / 2)
 
+    @property
+    def temperature(self) -> float:
+        """Factor on query and key, 1 except for yarn."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.scaling == "yarn" else 1.0
+
+    def angles(
+        self, positions: jax.Array, head_dim: int, dtype
+    ) -> tuple[jax.Array, float]:
+        """[B, T, R/2] in radians, and the temperature of query and key.
+
+        Args:
+            positions: int [B, T], or [1, T] for all rows.
+            head_dim: D, of which R entries are rotated.
+            dtype: of the angles.
+        """
+        frequency, temperature = rope_frequencies(head_dim, self)
+        angle = positions[..., None].astype(dtype) * jnp.asarray(frequency, dtype)
+        return angle, temperature
+
 
 def rope_frequencies(head_dim: int, rope: Rope) -> tuple[np.ndarray, float]:
     """Angular frequencies in radians per token, float64 [R/2], and the temperature.
@@ -108,7 +127,7 @@ def rope_frequencies(head_dim: int, rope: Rope) -> tuple[np.ndarray, float]:
         keep = np.clip(keep, 0.0, 1.0)
         return frequency * (keep + (1 - keep) / rope.factor), 1.0
     if rope.scaling == "yarn":
-        return _yarn(frequency, rotated, rope), 0.1 * math.log(rope.factor) + 1.0
+        return _yarn(frequency, rotated, rope), rope.temperature
     return frequency, 1.0
 
 
@@ -130,15 +149,14 @@ def apply_rope(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     Args:
         x: [B, T, H, D].
         positions: int [B, T], or [1, T] for all rows.
-        rope: the settings.
+        rope: the settings; an `AxialRope` rotates by places of a grid.
 
     Returns:
         [B, T, H, D] in the dtype of x; angles and rotation in float32 or wider.
     """
-    frequency, temperature = rope_frequencies(x.shape[-1], rope)
-    rotated = 2 * len(frequency)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    angle = positions[..., None].astype(wide) * jnp.asarray(frequency, wide)
+    angle, temperature = rope.angles(positions, x.shape[-1], wide)
+    rotated = 2 * angle.shape[-1]
     cos = (jnp.cos(angle) * temperature)[:, :, None, :]
     sin = (jnp.sin(angle) * temperature)[:, :, None, :]
     first, second, rest = jnp.split(x.astype(wide), [rotated // 2, rotated], axis=-1)

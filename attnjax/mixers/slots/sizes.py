@@ -54,12 +54,14 @@ def heads_of(config, dims: MixerDims) -> Heads:
 
 
 def rope_of(config, dims: MixerDims) -> nn.Rope | None:
-    """The layer's rotary settings, or None."""
+    """The layer's rotary settings, or None; on a grid where the model's tokens lie on
+    one."""
     if config.cross or config.positions in ("alibi", "none"):
         return None
+    own = config.rope or dims.rope
     if config.positions == "rope":
-        return config.rope or dims.rope or nn.Rope()
-    return config.rope or dims.rope
+        own = own or nn.Rope()
+    return nn.rope_on_grid(own, dims.grid, dims.prefix_tokens)
 
 
 def own(value: bool | None, inherited: bool) -> bool:

@@ -1,0 +1,426 @@
+"""The vision transformer: any bidirectional mixer on the patches of an image.
+
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929, eq. 1-4.
+DeiT's sizes Ti and S: arXiv 2012.12877, table 1. Registers: arXiv 2309.16588. Mean
+pooling and fixed positions: arXiv 2205.01580. RoPE on the grid: arXiv 2403.13298.
+
+Tokens are [class token, registers, patches in row-major order]. The mixers read that
+row as it is; `Context.grid` and `Context.extra_tokens` say what of it is the grid.
+Windows and ALiBi of mixers made for sequences count places of the row.
+"""
+
+import dataclasses
+import re
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnjax import nn
+from attnjax.core import schema
+from attnjax.core.context import Context
+from attnjax.core.dtypes import dtype_of
+from attnjax.core.errors import UserError
+from attnjax.models import backbone, mixer_choice, schedule
+from attnjax.models.stack import StackOut
+
+# name -> C, layers, heads; the MLP is 4 C wide.
+SIZES = {
+    "Ti": (192, 12, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(backbone.Config):
+    """`config.model` of a vision transformer; see also `backbone.Config`.
+
+    Attributes:
+        name: "vit".
+        size: "Ti/16", "S/16", "B/16", "L/16" or with any other patch: gives
+            embed_dim, num_layers, num_heads and patch_size, unless they are given
+            themselves (none: they are, or have the values told there).
+        patch_size: side of a patch, pixels (none: the size's, else 4).
+        num_layers: depth; the schedule repeats to fill it (none: the size's, else
+            the schedule as it is).
+        embed_dim: C (none: the size's, else 128).
+        num_heads: H query heads (none: the size's, else 4).
+        positions: "learned" (added to class token and patches), "sincos" (fixed,
+            added to patches), "rope" (each axis turns half of each head) or "none".
+        rope: rotary settings, of each axis.
+        positions_grid: patches along the side of the image that learned or sincos
+            positions were trained on; other images see them resampled (none: those
+            of this model's images).
+        pool: what the head reads of the normed tokens: "class_token"; "mean" of the
+            patches; "attentive", queries that attend to the patches
+            (`nn.AttentivePool`).
+        pool_queries: queries of pool=attentive; they divide embed_dim.
+        registers: learned tokens behind the class token that nothing reads.
+        layer_scale: first value of learned factors on what each sub-layer adds
+            (none: no factors).
+        drop_path: rate in [0, 1) at which the last layer's sub-layers are left out
+            for an image in training; it grows linearly from 0 at the first layer.
+        head_std: standard deviation of the head's weights at the start.
+    """
+
+    name: Literal["vit"] = "vit"
+    size: str | None = None
+    patch_size: int | None = None
+    num_layers: int | None = None
+    embed_dim: int | None = None
+    num_heads: int | None = None
+    activation: str = "gelu"
+    norm: Literal["rms", "layer"] = "layer"
+    use_bias: bool = True
+    scale_out_init: bool = False
+    positions: Literal["learned", "sincos", "rope", "none"] = "learned"
+    rope: nn.Rope = dataclasses.field(default_factory=lambda: nn.Rope(theta=100.0))
+    positions_grid: int | None = None
+    pool: Literal["class_token", "mean", "attentive"] = "class_token"
+    pool_queries: int = 32
+    registers: int = 0
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    head_std: float = 0.0
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens before the patches."""
+        return (self.pool == "class_token") + self.registers
+
+    def without_learned_tokens(self) -> "Config":
+        """The same without registers, as baselines of equal parameters are."""
+        return dataclasses.replace(self, registers=0)
+
+
+def sized(config: Config) -> Config:
+    """The config with the numbers of its size filled in.
+
+    Raises:
+        UserError: for a size of another form.
+    """
+    names = ("embed_dim", "num_layers", "num_heads", "patch_size")
+    values: tuple = (128, None, 4, 4)
+    if config.size is not None:
+        match = re.fullmatch(r"(\w+)/([1-9]\d*)", config.size)
+        if match is None or match[1] not in SIZES:
+            raise UserError(
+                f"config.model.size: must be one of {', '.join(SIZES)}, a slash and "
+                f"the side of a patch; got {config.size!r}. Example: S/16."
+            )
+        values = (*SIZES[match[1]], int(match[2]))
+    told = {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if getattr(config, name) is None
+    }
+    return dataclasses.replace(config, **told)
+
+
+def check(config: Config) -> None:
+    """Raise UserError where settings, with their sizes filled in, do not fit."""
+    backbone.check(config)
+    backbone.check_ranges(
+        config,
+        ("patch_size", "at least 1", lambda v: v >= 1),
+        ("positions_grid", "at least 1", lambda v: v >= 1),
+        ("pool_queries", "at least 1", lambda v: v >= 1),
+        ("registers", "at least 0", lambda v: v >= 0),
+        ("drop_path", "in [0, 1)", lambda v: 0 <= v < 1),
+        ("head_std", "at least 0", lambda v: v >= 0),
+    )
+    dim = config.embed_dim
+    if config.pool == "attentive" and dim % config.pool_queries:
+        divisors = [q for q in range(1, 65) if dim % q == 0]
+        raise UserError(
+            "config.model.pool_queries: must divide embed_dim; got pool_queries="
+            f"{config.pool_queries}, embed_dim={dim}. Use one of {divisors}."
+        )
+    if config.positions == "sincos" and (dim % 4 or dim < 8):
+        raise UserError(
+            "config.model.embed_dim: must be a multiple of 4, and at least 8, for "
+            f"positions=sincos; got {dim}. Change it, or use other positions."
+        )
+    if config.positions_grid is not None and config.positions in ("rope", "none"):
+        raise UserError(
+            "config.model.positions_grid: resamples learned or sincos positions; got "
+            f"positions={config.positions}. Leave it at none"
+            + (
+                ", and see config.model.rope.scaling."
+                if config.positions == "rope"
+                else "."
+            )
+        )
+    if config.positions == "rope":
+        _check_rope(config)
+
+
+def _check_rope(config: Config) -> None:
+    rope = nn.rope_on_grid(config.rope, (1, 1), 0)
+    width = backbone.head_width(config)
+    if not rope.rotated_dim(width):
+        raise UserError(
+            "config.model.head_dim: two axes turn four entries at least; got "
+            f"head_dim={width}, rope.fraction={config.rope.fraction}. Raise one of "
+            "them, or use other positions."
+        )
+
+
+def resolve(given: dict) -> dict:
+    """Fill and check `config.model`: JSON in, JSON out. What `size` gives stays none,
+    so that another size can be laid over it."""
+    filled = schema.resolve(Config, given, path="config.model")
+    config = sized(schema.build(Config, filled, path="config.model"))
+    check(config)
+    names = schedule.expand(config.layers, config.num_layers)
+    filled["mixers"] = mixer_choice.resolve_mixers(names, filled["mixers"])
+    made = mixer_choice.choices(filled["mixers"])
+    mixer_choice.check_on_grid(made, 2, extra_tokens=config.extra_tokens)
+    return filled
+
+
+class Ends(nnx.Module):
+    """What stands before and after the layers."""
+
+    def __init__(self, model: "ViT", *, rngs: nnx.Rngs):
+        c = model.config
+        stored = dict(dtype=model.dtype, param_dtype=dtype_of(c.param_dtype), rngs=rngs)
+        table = partial(nn.Embedding, dim=c.embed_dim, std=c.init_std, **stored)
+        self.patches = nn.PatchEmbedding(
+            c.patch_size, model.channels, c.embed_dim, use_bias=c.use_bias, **stored
+        )
+        has_class = c.pool == "class_token"
+        self.class_token = table(1) if has_class else None
+        self.registers = table(c.registers) if c.registers else None
+        places = model.positions_grid[0] * model.positions_grid[1]
+        self.position_embedding = (
+            table(has_class + places) if c.positions == "learned" else None
+        )
+        self.final_norm = backbone.final_norm(c, rngs=rngs)
+        self.pool = (
+            nn.AttentivePool(c.embed_dim, c.pool_queries, **stored)
+            if c.pool == "attentive"
+            else None
+        )
+        self.head = nn.Linear(
+            c.embed_dim,
+            model.num_classes,
+            use_bias=c.use_bias,
+            std=c.head_std,
+            **stored,
+        )
+
+
+class ViT(backbone.Backbone):
+    """A classifier of images: static description plus pure functions of its arrays.
+
+    Params beside "layers": "patches", "class_token", "registers",
+    "position_embedding" (its first row is the class token's, where there is one),
+    "final_norm", "pool", "head", each where the config has it.
+
+    Args:
+        config: `config.model`, resolved.
+        image_size: side of the images, pixels.
+        channels: of the images.
+        num_classes: of the head.
+        platform: where it will run; decides "auto" dtypes.
+        target: a `kernels.Target` for kernel dispatch, or None.
+
+    Attributes:
+        grid: rows and columns of patches.
+        positions_grid: the same of the images that its positions were trained on.
+        num_tokens: T, extra tokens and patches.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        image_size: int,
+        channels: int,
+        num_classes: int,
+        platform: str = "cpu",
+        target=None,
+    ):
+        config = sized(config)
+        check(config)
+        _check_images(config, image_size, channels, num_classes)
+        data = dict(image_size=image_size, channels=channels, num_classes=num_classes)
+        like = partial(ViT, **data, platform=platform, target=target)
+        super().__init__(config, platform=platform, like=like)
+        c = self.config
+        self.image_size, self.channels = image_size, channels
+        self.num_classes = num_classes
+        self.grid = (image_size // c.patch_size,) * 2
+        self.positions_grid = (c.positions_grid or self.grid[0],) * 2
+        self.num_tokens = c.extra_tokens + self.grid[0] * self.grid[1]
+        mixer_choice.check_on_grid(self.choices, 2, extra_tokens=c.extra_tokens)
+        rope = c.rope if c.positions == "rope" else None
+        self._build(
+            max_len=self.num_tokens,
+            prefix_tokens=c.extra_tokens,
+            grid=self.grid,
+            rope=nn.rope_on_grid(rope, self.grid, c.extra_tokens),
+            target=target,
+        )
+
+    def _block_dims(self):
+        c = self.config
+        return dataclasses.replace(
+            super()._block_dims(),
+            layer_scale=c.layer_scale,
+            drop_path=c.drop_path,
+            num_layers=len(self.names),
+        )
+
+    def _make_ends(self, rngs: nnx.Rngs) -> Ends:
+        return Ends(self, rngs=rngs)
+
+    # ---- running
+
+    def context(
+        self, *, batch: int, prng_key=None, train: bool = False, rows=None
+    ) -> Context:
+        """The surroundings of `batch` images.
+
+        Args:
+            batch: B.
+            prng_key: for dropout and drop-path; needed where `train` and one is on.
+            train: whether they are on.
+            rows: how arrays [B, ...] lie on the devices, or None on one.
+        """
+        places = jnp.arange(self.num_tokens, dtype=jnp.int32)[None]
+        return Context(
+            positions=jnp.broadcast_to(places, (batch, self.num_tokens)),
+            prng_key=prng_key,
+            causal=False,
+            grid=self.grid,
+            extra_tokens=self.config.extra_tokens,
+            train=train,
+            rows=rows,
+        )
+
+    def embed(self, params: dict, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, Ch] -> tokens [B, T, C] with added positions.
+
+        Raises:
+            UserError: for images of another size or number of channels.
+        """
+        self._check_batch(images)
+        ends = self._merge(params)
+        x = ends.patches(images)
+        fixed, first = self._added_positions(ends)
+        x = x if fixed is None else x + fixed.astype(x.dtype)
+        extra = []
+        if ends.class_token is not None:
+            token = ends.class_token(jnp.arange(1))
+            extra.append(token if first is None else token + first)
+        if ends.registers is not None:
+            extra.append(ends.registers(jnp.arange(self.config.registers)))
+        rows = [jnp.broadcast_to(e, (len(x), *e.shape)) for e in extra]
+        return jnp.concatenate([*rows, x], axis=1)
+
+    def _added_positions(self, ends: Ends):
+        """[P, C] for the patches, and [1, C] for the class token; None where none."""
+        source, dim = self.positions_grid, self.config.embed_dim
+        if self.config.positions == "sincos":
+            return jnp.asarray(nn.sincos_2d(self.grid, dim, trained=source)), None
+        if ends.position_embedding is None:
+            return None, None
+        skip = int(ends.class_token is not None)
+        table = ends.position_embedding.table[...]
+        places = nn.resample_table(table[skip:], source, self.grid).astype(self.dtype)
+        return places, (table[:1].astype(self.dtype) if skip else None)
+
+    def _check_batch(self, images: jax.Array) -> None:
+        wanted = (self.image_size, self.image_size, self.channels)
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            raise UserError(
+                "vit: images must be [B, H, W, channels] with H = W = image_size; got "
+                f"shape {tuple(images.shape)}, image_size={self.image_size}, channels="
+                f"{self.channels}. For images of another size build the model for that "
+                "size, with config.model.positions_grid="
+                f"{self.positions_grid[0]} for learned or sincos positions."
+            )
+
+    def _stream(self, params, start, length: int) -> jax.Array:
+        if jnp.issubdtype(start.dtype, jnp.integer):
+            raise UserError(
+                "vit: an extra stream of tokens needs a table of tokens, which an "
+                "image model does not have. Choose another mixer for its layers."
+            )
+        return start[:, :length].astype(self.dtype)
+
+    def hidden(
+        self, params: dict, buffers: dict, images: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, StackOut]:
+        """The normed output of the last layer, [B, T, C] in the compute dtype.
+
+        Args:
+            params, buffers: as from `init`.
+            images: [B, H, W, Ch].
+            ctx: as from `context`.
+        """
+        if ctx.sequence_form is not None:
+            raise UserError(
+                "config.mesh.sequence: an image model needs whole rows on each device; "
+                "got more than 1. Set it to 1."
+            )
+        x, out = self.run(params, buffers, self.embed(params, images), ctx)
+        return ctx.spread(self._merge(params).final_norm(x)), out
+
+    def features(
+        self, params: dict, buffers: dict, images: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, StackOut]:
+        """What the head reads, [B, C] in the compute dtype; arguments of `hidden`."""
+        x, out = self.hidden(params, buffers, images, ctx)
+        return self.pooled(params, x), out
+
+    def pooled(self, params: dict, hidden: jax.Array) -> jax.Array:
+        """[B, T, C] -> [B, C] by `config.pool`."""
+        pool = self.config.pool
+        if pool == "class_token":
+            return hidden[:, 0]
+        places = hidden[:, self.config.extra_tokens :]
+        if pool == "mean":
+            wide = places.astype(jnp.promote_types(places.dtype, jnp.float32))
+            return wide.mean(axis=1).astype(places.dtype)
+        return self._merge(params).pool(places)
+
+    def logits(
+        self, params: dict, buffers: dict, images: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, StackOut]:
+        """float32 (or wider) [B, classes]; arguments of `hidden`."""
+        pooled, out = self.features(params, buffers, images, ctx)
+        logits = self._merge(params).head(pooled)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), out
+
+    # ---- counting
+
+    def flops(self) -> float:
+        """Forward FLOPs (2 a multiply-add) of one image."""
+        c = self.config
+        places = self.grid[0] * self.grid[1]
+        total = 2.0 * places * c.patch_size**2 * self.channels * c.embed_dim
+        if c.pool == "attentive":
+            weights = c.pool_queries * c.embed_dim
+            total += 2.0 * places * (weights + c.embed_dim**2 + c.embed_dim)
+        total += 2.0 * c.embed_dim * self.num_classes
+        return total + self.layer_flops(self.num_tokens)
+
+
+def _check_images(config: Config, image_size, channels, num_classes) -> None:
+    if image_size < 1 or image_size % config.patch_size:
+        divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
+        raise UserError(
+            "config.model.patch_size: must divide config.data.image_size; got "
+            f"patch_size={config.patch_size}, image_size={image_size}. Use one of "
+            f"{divisors}."
+        )
+    for name, value in (("channels", channels), ("num_classes", num_classes)):
+        if value < 1:
+            raise UserError(f"vit: {name} must be at least 1; got {name}={value}.")
