@@ -55,20 +55,20 @@ CASES = {
         d=40,
         e=40,
     ),
-    "block mask, bias, soft cap, sigmoid": case(
+    "block mask, biases, soft cap, sigmoid": case(
         kernels.AttentionSpec(
             mask=kernels.BlockMask(64, 128) | kernels.SlidingWindow(7),
-            score=(kernels.SoftCap(3.0), kernels.Bias()),
+            score=(kernels.SoftCap(3.0), kernels.Bias(), kernels.RelativeBias(37)),
             weight_map=kernels.Sigmoid(-2.0),
             epilogue=(kernels.OutputGate("head", "none"), kernels.HeadScale()),
         ),
         t=200,
         kv=2,
     ),
-    "window after an offset, columns, softplus": case(
+    "window after an offset, columns, distances, softplus": case(
         kernels.AttentionSpec(
-            mask=kernels.SlidingWindow(30),
-            score=COLUMN,
+            mask=kernels.SlidingWindow(45),
+            score=(COLUMN, kernels.RelativeBias(11)),
             weight_map=kernels.SoftplusL1(),
         ),
         t=50,
@@ -101,6 +101,7 @@ def inputs(spec, dtype, sizes):
             [[[1, 0], [0, 0], [0, 1], [1, 1]], [[0, 0], [0, 1], [1, 1], [0, 1]]], bool
         )[None],
         "alibi_slopes": 0.1 * normal(h),
+        "relative_bias": normal(h, 75) if t == s else normal(1, 23),
         "head_scale": normal(h),
         "head_norm": normal(h, e),
         "output_gate": normal(b, t, h),

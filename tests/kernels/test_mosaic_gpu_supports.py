@@ -74,6 +74,7 @@ def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
             "row": (b, 1, t),
             "column": (b, h, s),
             "table": (7,),
+            "relative_bias": (h, 7),
             "head_norm": (h, e),
             "head_scale": (h,),
             "output_gate": (b, t, h, e),
@@ -122,10 +123,10 @@ REFUSED = {
         AttentionSpec(kernels.BlockLists(128, 128, ((0,), (0, 1)))),
         {"q_offset": jax.ShapeDtypeStruct((), jnp.int32)},
     ),
-    "a relative bias": (
-        "'relative_bias' is a table",
+    "distances of positions": (
+        "RelativeBias without positions, an offset aside; got ['k_positions']",
         AttentionSpec(score=kernels.RelativeBias(3)),
-        {"relative_bias": jax.ShapeDtypeStruct((4, 7), jnp.float32)},
+        {"k_positions": jax.ShapeDtypeStruct((1, 256), jnp.int32)},
     ),
     "an epilogue that sorts": (
         "cannot lower 'sort', which epilogue=(Sorted(",
@@ -209,6 +210,10 @@ LOWERED = {
         ),
         {},
     ),
+    "distances": (
+        AttentionSpec(CAUSAL, score=(kernels.SoftCap(9.0), kernels.RelativeBias(3))),
+        {},
+    ),
     "rows and columns": (AttentionSpec(CAUSAL, score=SWISHED), {}),
     "sigmoid": (AttentionSpec(CAUSAL, weight_map=kernels.Sigmoid(-2.0)), {}),
     "softplus": (AttentionSpec(CAUSAL, weight_map=kernels.SoftplusL1()), {}),
@@ -260,7 +265,7 @@ def test_forward_and_backward_lower_for_cuda(name):
     joint = tiles.joint_dkv(
         *(tiles.padded_dim(LOWERED[name][1].get(x, 64)) for x in "de")
     )
-    assert len(calls) == (3 if joint else 4)
+    assert len(calls) == (3 if joint else 4) + (name == "distances")
 
 
 @pytest.mark.pallas
@@ -338,7 +343,10 @@ def test_inline_opens_wrapped_functions_and_additions():
 @pytest.mark.parametrize("e", range(64, 257, 64))
 def test_tiles_fit_into_shared_memory(d, e):
     assert tiles.forward_bytes(tiles.forward_tiles(d, e), d, e) <= tiles.SHARED_MEMORY
-    assert tiles.backward_bytes(tiles.backward_tiles(d, e), d, e) <= tiles.SHARED_MEMORY
+    back = tiles.backward_tiles(d, e)
+    assert tiles.backward_bytes(back, d, e) <= tiles.SHARED_MEMORY
+    along = tiles.diagonal_tiles(back, d, e)
+    assert tiles.diagonal_bytes(along, d, e) <= tiles.SHARED_MEMORY
 
 
 def test_wrong_tiles_are_refused():

@@ -2,11 +2,11 @@
 
 Scores, masks and weight maps are traced into one kernel, so a variant costs its own
 arithmetic and no trip through memory. Queries are padded to blocks of 128, head
-dimensions to multiples of 64. Files: attend.py (derivative rule), forward.py and
-backward.py (kernels), block.py (what they share), steps.py (which tiles are visited),
-hooks.py, rows.py, thin.py and finish.py (the spec's
-functions on a tile), tiles.py (sizes), launch.py and
-shim.py (jax), refusals.py (what is refused), inline.py (user functions).
+dimensions to multiples of 64. Files: attend.py (derivative rule), forward.py,
+backward.py and table.py (kernels), block.py (what they share), steps.py (which tiles are
+visited), hooks.py, by_blocks.py, distances.py, rows.py, thin.py and finish.py (the spec's
+functions on a tile), tiles.py (sizes), decode.py (few queries), launch.py and shim.py
+(jax), refusals.py (what is refused), inline.py (user functions).
 
 It was compiled for the H200 and interpreted, never timed: "auto" does not take it
 until it was measured against cuDNN, so it has no rank and is asked for by name.

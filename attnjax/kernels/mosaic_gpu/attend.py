@@ -11,17 +11,20 @@ from attnjax.kernels import epilogue, fold, tile_math, tiles
 from attnjax.kernels.mosaic_gpu import (
     backward,
     decode,
+    distances,
     finish,
     forward,
     hooks,
     rows,
     steps,
+    table,
 )
 from attnjax.kernels.mosaic_gpu.block import Plan
 from attnjax.kernels.mosaic_gpu.tiles import (
     BLOCK,
     Tiles,
     backward_tiles,
+    diagonal_tiles,
     forward_tiles,
     joint_dkv,
     padded_dim,
@@ -80,6 +83,9 @@ class Call:
 def attend(call: Call, q, k, v, operands: Arrays):
     """Output [B, T, H, E] in q's dtype, and log-sum [B, T, H] or None."""
     operands = tiles.place_queries(operands, call.request.q_len)
+    request = call.request
+    request = dataclasses.replace(request, spec=distances.inside(request.spec))
+    call = dataclasses.replace(call, request=request)
     known = tiles.declarations(call.request.spec)
     trained = {n: x for n, x in operands.items() if known[n].trains}
     fixed = {n: x for n, x in operands.items() if not known[n].trains}
@@ -164,6 +170,7 @@ def _attend_bwd(call: Call, residuals, cotangents):
 
     plan, *arrays = call.plan("dq", operands)
     d_q, sums, whole = backward.query_gradients(plan, inputs, *arrays)
+    d_trained |= _table_gradients(call, plan, inputs, operands, sums)
     for name, x in sums.items():
         x = x[:, :, : request.q_len, None]
         d_trained[name] = _sum_to(x, call, name, trained[name])
@@ -187,6 +194,33 @@ def _attend_bwd(call: Call, residuals, cotangents):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _table_gradients(call: Call, plan: Plan, inputs, operands: Arrays, sums: dict):
+    """Gradients of tables of distances; takes their ends out of `sums`.
+
+    Args:
+        plan, inputs, sums: of the dq kernel.
+    """
+    found, grid = {}, plan.grid
+    by_distance = distances.steps_of(grid.request.spec)
+    if not by_distance:
+        return found
+    read = hooks.pad_operands(grid, tiles.of_tiles(grid.request.spec, operands))
+    _, arrays = hooks.hold(grid, read)
+    plan = dataclasses.replace(plan, tiles=diagonal_tiles(plan.tiles, *call.dims))
+    for name, step in by_distance.items():
+        cover = steps.coverage(grid, read)
+        first, *near = distances.near_tiles(grid, step, cover, operands)
+        own = dataclasses.replace(
+            plan, steps=table.NearSteps(), num_step_refs=len(near)
+        )
+        found_sums = table.diagonal_sums(own, inputs, (name, first), near, arrays)
+        ends = [sums.pop(f"{name} {end}") for end in ("up", "down")]
+        x = distances.collect(grid, step, first, found_sums, ends, operands)
+        one = operands[name].shape[0] == 1
+        found[name] = jnp.sum(x, axis=0, keepdims=True) if one else x
+    return found
 
 
 def _before_epilogue(call: Call, operands: Arrays, core, cotangents):

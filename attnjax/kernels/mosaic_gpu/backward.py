@@ -7,7 +7,7 @@ warpgroup's registers, each has a kernel of its own.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnjax.kernels.compat import type_like
-from attnjax.kernels.mosaic_gpu import launch
+from attnjax.kernels.mosaic_gpu import distances, launch
 from attnjax.kernels.mosaic_gpu.block import Block, Plan
-from attnjax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ROWS
+from attnjax.kernels.mosaic_gpu.tiles import BLOCK, COMPUTE_WARPGROUPS, ROWS
 
 Arrays = Mapping[str, jax.Array]
 OWN = (COMPUTE_WARPGROUPS, ROWS)
 
 
-def _row_names(arrays: Arrays) -> list[str]:
+def row_names(arrays: Iterable[str]) -> list[str]:
     """Row statistics among the inputs: "shift" and "d_sum", where the map has them."""
     return [name for name in ("shift", "d_sum") if name in arrays]
 
@@ -36,13 +36,15 @@ def query_gradients(plan: Plan, arrays: Arrays, step_arrays, operands):
 
     Returns:
         dq in q's dtype; {operand: float32 [B, H, T]}, for each operand that is summed
-        over keys; {operand: float32 [B, H, T, S]}, unwritten where a tile is skipped.
+        over keys, and {"operand up", "operand down"} of tiles beyond the reach of a
+        table; {operand: float32 [B, H, T, S]}, unwritten where a tile is skipped.
     """
-    names = ("q", "d_out", "k", "v", *_row_names(arrays))
+    names = ("q", "d_out", "k", "v", *row_names(arrays))
     q, v = arrays["q"], arrays["v"]
     b, t, h, d = q.shape
     e, s = v.shape[3], v.shape[1]
-    sums, whole = _gradient_names(plan)
+    sums, windows, whole = _gradient_names(plan)
+    sums += [f"{name} {end}" for name in windows for end in ("up", "down")]
     out_type = [type_like(q.shape, q.dtype, q)]
     out_type += [type_like((b, h, t), jnp.float32, q) for _ in sums]
     out_type += [type_like((b, h, t, s), jnp.float32, q) for _ in whole]
@@ -51,7 +53,7 @@ def query_gradients(plan: Plan, arrays: Arrays, step_arrays, operands):
         "d_out_tiles": launch.tile_memory((*OWN, e), q.dtype),
         **{
             f"{name}_rows": plgpu.SMEM(OWN, jnp.float32)
-            for name in (*_row_names(arrays), *sums)
+            for name in (*row_names(arrays), *sums)
         },
         "own_ready": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         **plan.ring("k", d, q.dtype),
@@ -74,16 +76,17 @@ def query_gradients(plan: Plan, arrays: Arrays, step_arrays, operands):
 
 
 def _gradient_names(plan: Plan):
-    """Operands of the scores by where their gradients are summed: over keys, and
-    nowhere."""
+    """Operands of the scores by where their gradients are summed: over keys, along
+    diagonals, and nowhere."""
     kinds = {x.name: x.kind for x in plan.held}
     trained = [x.name for x in plan.grid.request.spec.score_operands]
     sums = [n for n in trained if kinds[n] in ("number", "row")]
-    return sums, [n for n in trained if kinds[n] == "tile"]
+    windows = [n for n in trained if kinds[n] == "window"]
+    return sums, windows, [n for n in trained if kinds[n] == "tile"]
 
 
-class _GradientBlock(Block):
-    """Weights and the scores' cotangent of a tile."""
+class GradientBlock(Block):
+    """A block of a backward kernel: weights and the scores' cotangent of a tile."""
 
     def weights(self, hooks, numbers, products, own_first, n, rows, axis, *, masked):
         """(weights, function from dp to (cotangent of raw products, of operands))."""
@@ -111,7 +114,7 @@ class _GradientBlock(Block):
         return u, cotangents
 
 
-class _QueryBlock(_GradientBlock):
+class _QueryBlock(GradientBlock):
     @property
     def streams(self):
         return {name: (self.inputs[name], False) for name in ("k", "v")}
@@ -132,17 +135,18 @@ class _QueryBlock(_GradientBlock):
             ready = x["own_ready"].at[wg]
             self.load_own(self.inputs[name], where, tiles[name], ready)
         rows = {}
-        for name in _row_names(self.inputs):
+        for name in row_names(self.inputs):
             memory, ready = x[f"{name}_rows"].at[wg], x["own_ready"].at[wg]
             source = (self.batch, self.head, span)
             self.load_own(self.inputs[name], source, memory, ready)
             rows[name] = self.machine.vector(memory, (), 0)
         hooks = self.hooks(self.head)
         numbers = hooks.numbers()
-        sums, whole = _gradient_names(self.plan)
+        sums, windows, whole = _gradient_names(self.plan)
+        ends = [f"{name} {end}" for name in windows for end in ("up", "down")]
         start = (
             self.machine.full((ROWS, self.inputs["q"].shape[3]), 0.0),
-            *(self.machine.full((ROWS,), 0.0) for _ in sums),
+            *(self.machine.full((ROWS,), 0.0) for _ in (*sums, *ends)),
         )
 
         def step(n, carry, *, masked):
@@ -156,11 +160,12 @@ class _QueryBlock(_GradientBlock):
             dp = self.machine.product(tiles["d_out"], self.wait("v", slot))
             self.free("v", slot)
             d_raw, d_operands = cotangents(dp)
-            totals = [
-                total + jnp.sum(d_operands[name], axis=1)
-                for name, total in zip(sums, totals, strict=True)
-            ]
-            for name, ref in zip(whole, self.outputs[1 + len(sums) :], strict=True):
+            added = [jnp.sum(d_operands[name], axis=1) for name in sums]
+            for name in windows:
+                added += self._beyond(hooks, name, n, d_operands[name])
+            totals = [x + y for x, y in zip(totals, added, strict=True)]
+            later = self.outputs[1 + len(totals) :]
+            for name, ref in zip(whole, later, strict=True):
                 columns = pl.ds(self.first_row(n), self.plan.tiles.step)
                 ref[self.batch, self.head, span, columns] = d_operands[name]
             d_raw = d_raw.astype(self.inputs["k"].dtype)
@@ -169,6 +174,7 @@ class _QueryBlock(_GradientBlock):
             return (d_q, *totals)
 
         d_q, *totals = self.over_steps(step, start)
+        sums = [*sums, *ends]
         tiles["q"][...] = (d_q * self.request.scale).astype(self.outputs[0].dtype)
         for name, total in zip(sums, totals, strict=True):
             x[f"{name}_rows"].at[wg][...] = total
@@ -178,6 +184,14 @@ class _QueryBlock(_GradientBlock):
             target = ref.at[self.batch, self.head, span]
             plgpu.copy_smem_to_gmem(x[f"{name}_rows"].at[wg], target)
         plgpu.wait_smem_to_gmem(0)
+
+    def _beyond(self, hooks, name, n, d_tile):
+        """What a tile adds to the rows beyond the reach of a table, up and down."""
+        reach = next(x.reach for x in self.plan.held if x.name == name)
+        base = hooks.start() + self.owner * BLOCK - self.first_row(n)
+        row = jnp.sum(d_tile, axis=1)
+        ends = distances.beyond(self.plan.grid, reach, base)
+        return [row * jnp.where(end, 1.0, 0.0) for end in ends]
 
 
 def key_gradients(plan: Plan, arrays: Arrays, step_arrays, operands, *, wanted):
@@ -191,7 +205,7 @@ def key_gradients(plan: Plan, arrays: Arrays, step_arrays, operands, *, wanted):
         {name: gradient in k's dtype}, and {operand: float32 [B, H, S]} for operands
         that are summed over queries, with "dk".
     """
-    rows = [n for n in _row_names(arrays) if n == "shift" or "dk" in wanted]
+    rows = [n for n in row_names(arrays) if n == "shift" or "dk" in wanted]
     names = ("k", "v", "q", "d_out", *rows)
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     b, s, kv_heads, d = k.shape
@@ -234,7 +248,7 @@ def _column_names(plan: Plan) -> list[str]:
     return [x.name for x in trained if kinds[x.name] == "column"]
 
 
-class _KeyBlock(_GradientBlock):
+class _KeyBlock(GradientBlock):
     wanted: tuple[str, ...]
     sums: list[str]
 
@@ -245,7 +259,7 @@ class _KeyBlock(_GradientBlock):
     @property
     def streams(self):
         vectors = ("shift", "d_sum")
-        names = ("q", "d_out", *_row_names(self.inputs))
+        names = ("q", "d_out", *row_names(self.inputs))
         return {name: (self.inputs[name], name in vectors) for name in names}
 
     def streamed_head(self, turn):
@@ -302,7 +316,7 @@ class _KeyBlock(_GradientBlock):
         q_tile = self.wait("q", slot)
         products = self.machine.product(own["k"], q_tile)
         rows = {}
-        for name in _row_names(self.inputs):
+        for name in row_names(self.inputs):
             rows[name] = self.machine.vector(self.wait(name, slot), (), 1)
             self.free(name, slot)
         u, cotangents = self.weights(

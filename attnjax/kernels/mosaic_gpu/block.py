@@ -90,15 +90,20 @@ class Block:
         self.scratch = scratch
         self.head = jax.lax.axis_index("heads")
         self.batch = jax.lax.axis_index("batch")
-        self.owner = jax.lax.axis_index("owners")
-        if not plan.grid.transposed:
-            # Late queries see most keys under a causal mask: they start first, so
-            # that short rows fill the end.
-            self.owner = plan.grid.owners - 1 - self.owner
+        self.owner = self.owner_index()
         bounds = plan.steps.bounds(self.step_refs, self.batch, self.owner)
         # What is read from memory has the mesh axes of its array; loops need the type
         # that arithmetic gives, which has none inside a kernel.
         self.num_full, self.num_steps = (x + jnp.int32(0) for x in bounds)
+
+    def owner_index(self):
+        """Which owner this block is."""
+        index = jax.lax.axis_index("owners")
+        if self.plan.grid.transposed:
+            return index
+        # Late queries see most keys under a causal mask: they start first, so that
+        # short rows fill the end.
+        return self.plan.grid.owners - 1 - index
 
     @property
     def group(self) -> int:

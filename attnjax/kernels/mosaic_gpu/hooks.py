@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from attnjax.kernels import tiles
 from attnjax.kernels.masks import Mask, Tile
+from attnjax.kernels.mosaic_gpu import distances
 from attnjax.kernels.mosaic_gpu.by_blocks import BLOCK_MASK, block_lists, seen, table_of
 from attnjax.kernels.mosaic_gpu.inline import inline
 from attnjax.kernels.mosaic_gpu.shim import Machine
@@ -32,10 +33,12 @@ class Held:
     Attributes:
         name: its name.
         kind: "number" [b, h], "row" [b, h, T], "column" [b, h, S], "tile"
-            [b, h, T, S], transposed where the kernel's tiles are, or "blocks"
-            [b, h, NQ, NK] of a mask by blocks; b and h may be 1.
+            [b, h, T, S], transposed where the kernel's tiles are, "blocks"
+            [b, h, NQ, NK] of a mask by blocks, or "window" [b, h, 64, W] of a bias by
+            distance; b and h may be 1.
         per_batch, per_head: whether it differs along those axes.
         is_bool: stored as int32, read as a boolean.
+        reach: of a bias by distance.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Held:
     per_batch: bool
     per_head: bool
     is_bool: bool
+    reach: int = 0
 
 
 def pad_operands(grid: Grid, operands: Arrays) -> dict[str, jax.Array]:
@@ -68,7 +72,15 @@ def hold(grid: Grid, operands: Arrays) -> tuple[tuple[Held, ...], list[jax.Array
         **operands,
         **{n: jnp.asarray(table_of(mask)) for n, mask in lists.items()},
     }
+    by_distance = distances.steps_of(grid.request.spec)
     for name in sorted(operands):
+        if name in by_distance:
+            step = by_distance[name]
+            array = distances.windows(grid, step, operands[name], operands)
+            many = (n > 1 for n in array.shape[:2])
+            held.append(Held(name, "window", *many, False, step.reach))
+            arrays.append(array)
+            continue
         blocks = name in lists or name == BLOCK_MASK
         axes = "bhts" if blocks else known[name].axes
         array = as_rank4(operands[name], axes)
@@ -127,6 +139,13 @@ class Hooks:
             x.name: self._read(x, None, None) for x in self.held if x.kind == "number"
         }
 
+    def start(self):
+        """Position of the row's first query."""
+        x = next((x for x in self.held if x.name == "q_positions"), None)
+        if x is None:
+            return jnp.int32(0)
+        return self.refs[self.held.index(x)][self.head[0] if x.per_batch else 0, 0, 0]
+
     def tile(self, numbers: Arrays, shape, q_first, k_first) -> Tile:
         """The tile whose first query and key are given."""
         machine, swap = self.machine, self.grid.transposed
@@ -155,6 +174,11 @@ class Hooks:
         h = self.head[1] if x.per_head else 0
         if x.kind == "number":
             value = ref[b, h, 0]
+        elif x.kind == "window":
+            place = (self.start(), firsts["row"], firsts["column"])
+            first = distances.window(self.grid, x.reach, *place)
+            index = (b, h, slice(None), pl.ds(first, shape[1]))
+            value = self.machine.tile(ref, index)
         elif x.kind == "tile":
             names = ("column", "row") if self.grid.transposed else ("row", "column")
             spans = [pl.ds(firsts[n], m) for n, m in zip(names, shape, strict=True)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnjax.kernels import tile_math, tiles
 from attnjax.kernels.compat import NEWER_PRIMITIVES, inside_shard_map
 from attnjax.kernels.masks import Tile
-from attnjax.kernels.mosaic_gpu import by_blocks, finish, thin
+from attnjax.kernels.mosaic_gpu import by_blocks, distances, finish, thin
 from attnjax.kernels.mosaic_gpu.inline import WRAPPERS
 from attnjax.kernels.mosaic_gpu.tiles import MAX_DIM
 from attnjax.kernels.request import Request
@@ -35,8 +35,8 @@ INLINED = frozenset({*WRAPPERS, "add_any"})
 
 def reason(request: Request) -> str | None:
     """Why the request cannot be computed, or None."""
-    checks = (_device, _arrays, _fields, by_blocks.refusal, finish.refusal)
-    checks += (_operands, _functions, _epilogue)
+    checks = (_device, _arrays, _fields, by_blocks.refusal, distances.refusal)
+    checks += (finish.refusal, _operands, _functions, _epilogue)
     return next((found for check in checks if (found := check(request))), None)
 
 
@@ -82,8 +82,9 @@ def _fields(request: Request) -> str | None:
 
 
 def _operands(request: Request) -> str | None:
+    known = {by_blocks.BLOCK_MASK, *distances.steps_of(request.spec)}
     for operand in request.spec.operands:
-        if operand.axes == "*" and operand.name != by_blocks.BLOCK_MASK:
+        if operand.axes == "*" and operand.name not in known:
             return (
                 f"reads operands by tile; {operand.name!r} is a table that would be "
                 "gathered from"
@@ -94,7 +95,7 @@ def _operands(request: Request) -> str | None:
 def _functions(request: Request) -> str | None:
     read = tiles.of_tiles(request.spec, dict(request.operand_shapes))
     shapes = tuple(sorted(read.items()))
-    return _lacking(request.spec, shapes)
+    return _lacking(distances.inside(request.spec), shapes)
 
 
 @functools.lru_cache(maxsize=256)

@@ -85,6 +85,21 @@ def backward_tiles(head_dim: int, value_dim: int) -> Tiles:
     return dataclasses.replace(tiles, ping_pong=False)
 
 
+def diagonal_bytes(tiles: Tiles, head_dim: int, value_dim: int) -> int:
+    """Shared memory of the kernel along diagonals in bytes: all of it is streamed."""
+    rows = BLOCK + tiles.step
+    return tiles.stages * (2 * rows * (head_dim + value_dim) + 8 * BLOCK)
+
+
+def diagonal_tiles(tiles: Tiles, head_dim: int, value_dim: int) -> Tiles:
+    """Tiles of the dq kernel with as many stages as the kernel along diagonals holds,
+    two at most."""
+    two = dataclasses.replace(tiles, stages=min(tiles.stages, 2))
+    if diagonal_bytes(two, head_dim, value_dim) <= SHARED_MEMORY:
+        return two
+    return dataclasses.replace(tiles, stages=1)
+
+
 def joint_dkv(head_dim: int, value_dim: int) -> bool:
     """Whether one kernel can hold the sums of both dk and dv in registers."""
     return head_dim + value_dim <= 256
