@@ -145,6 +145,29 @@ def test_one_augmentation_does_not_move_another(make_split):
     assert np.array_equal(one["mix"], both["mix"])
 
 
+def test_what_is_random_about_an_image_is_independent(make_split):
+    split, fixed = make_split(500), {"seed": 2, "step": 3, "batch_size": 400}
+    plain = batch(split, **fixed, augment=Augment())["image"]
+    flipped = batch(split, **fixed, augment=Augment(flip=True))["image"]
+    mirrored = (flipped != plain).any(axis=(1, 2, 3))
+    assert np.array_equal(flipped[mirrored], plain[mirrored][:, :, ::-1])
+    assert 160 < mirrored.sum() < 240
+    moved = batch(split, **fixed, augment=Augment(crop="pad", pad=1))["image"]
+    left = np.array(
+        [
+            np.array_equal(m[1:-1, :-1], p[1:-1, 1:])
+            for m, p in zip(moved, plain, strict=True)
+        ]
+    )
+    share = batch(split, **fixed, augment=Augment(mixup=1.0))["mix"]
+    for one, other in (
+        (mirrored, share > 0.75),
+        (mirrored, left),
+        (left, share > 0.75),
+    ):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_evaluation_shows_every_image_once(make_split, batch_size):
     split = make_split(name="eval")

@@ -115,6 +115,19 @@ def test_rotations_and_shears_go_both_ways_and_undo_each_other():
         assert np.abs(back.astype(int) - blob).mean() < 2
 
 
+def test_a_shear_leaves_the_middle_where_it_is():
+    bar = np.zeros((41, 41), np.uint8)
+    bar[:, 20] = 255
+    for sign in (1, -1):
+        got = run("shear_x", bar, 1.0, sign).astype(float)
+        place = got @ np.arange(41) / got.sum(1)
+        np.testing.assert_allclose(
+            place, 20 - sign * 0.3 * (np.arange(41) - 20), atol=0.05
+        )
+        other = run("shear_y", bar.T, 1.0, sign).astype(float)
+        np.testing.assert_allclose(other, got.T, atol=1)
+
+
 def test_a_rotation_is_by_the_angle_it_says():
     yy, xx = np.mgrid[-30:31, -30:31]
     bar = ((np.abs(yy) < 3) & (np.abs(xx) < 20)).astype(np.uint8) * 255
