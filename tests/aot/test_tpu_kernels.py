@@ -18,6 +18,9 @@ MIB = 2**20
 VMEM = {"v5e:1x1": 16 * MIB, "v6e:1x1": 32 * MIB}
 CAUSAL = kernels.Causal()
 IDS = {name: ((1, 2048), jnp.int32) for name in ("q_segment_ids", "k_segment_ids")}
+ROWS = {
+    name: ((1, 1, 2048), jnp.float32) for name in ("visible_keys", "sharpen_offset")
+}
 FULL_BIAS = {"bias": ((1, 8, 2048, 2048), jnp.bfloat16)}
 
 
@@ -55,6 +58,32 @@ CASES = {
         128,
     ),
     "bias": ("v5e:1x1", AttentionSpec(score=kernels.Bias()), FULL_BIAS, 8, 64, 64),
+    "distances, blocks of heads": (
+        "v6e:1x1",
+        AttentionSpec(
+            mask=CAUSAL & kernels.BlockMask(64, 64), score=kernels.RelativeBias(128)
+        ),
+        {
+            "relative_bias": ((8, 257), jnp.float32),
+            "block_mask": ((1, 8, 32, 32), jnp.bool_),
+        },
+        2,
+        128,
+        128,
+    ),
+    "second pass": (
+        "v5e:1x1",
+        AttentionSpec(
+            mask=CAUSAL,
+            weight_map=kernels.SoftplusL1(),
+            reweight=kernels.Sharpen(),
+            epilogue=kernels.HeadScale(),
+        ),
+        ROWS | {"head_scale": ((8,), jnp.float32)},
+        2,
+        128,
+        128,
+    ),
     "score function": (
         "v5e:1x1",
         AttentionSpec(mask=CAUSAL, score=TILTED),
@@ -95,8 +124,9 @@ def test_forward_and_backward_compile_and_fit(name, chip):
     q, k = shape(1, 2048, 8, d), shape(1, 2048, kv_heads, d)
     v = shape(1, 2048, kv_heads, e)
     given = {n: shape(*size, dtype=dtype) for n, (size, dtype) in operands.items()}
-    fixed = {n: x for n, x in given.items() if x.dtype == jnp.int32}
-    trained = {n: x for n, x in given.items() if n not in fixed}
+    names = {operand.name for operand in spec.operands if operand.trains}
+    trained = {n: x for n, x in given.items() if n in names}
+    fixed = {n: x for n, x in given.items() if n not in names}
 
     def total(q, k, v, trained, fixed):
         out = kernels.attention(
@@ -113,7 +143,8 @@ def test_forward_and_backward_compile_and_fit(name, chip):
     step = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3)))
     text = step.lower(q, k, v, trained, fixed).compile().as_text()
     found = vmem_of_kernels(text)
-    assert len(found) == (4 if "bias" in given else 3)
+    more = 2 if spec.reweight is not None else int("bias" in given)
+    assert len(found) == 3 + more
     print(f"{name}: bytes of VMEM: {found}")
     assert all(0 < used <= VMEM[where] for used in found.values()), found
     # Scores exist in tiles alone, but for a bias, which is an array already.

@@ -75,6 +75,25 @@ CASES = {
         AttentionSpec(mask=PACKED, score=kernels.Bias(), weight_map=SINK),
         K,
     ),
+    "distances, blocks of heads, second pass": (
+        AttentionSpec(
+            mask=CAUSAL & kernels.BlockMask(4, 3),
+            score=(kernels.RelativeBias(6), kernels.SoftCap(3.0)),
+            weight_map=SINK,
+            reweight=kernels.Clip(-0.05, 1.1),
+        ),
+        K,
+    ),
+    "lists of small blocks, distances of all heads": (
+        AttentionSpec(
+            mask=kernels.BlockLists(
+                3, 5, ((0, 3), (1,), (2, 0), (), (1, 3), (0,), (2,))
+            )
+            | kernels.BlockMask(19, 10),
+            score=kernels.RelativeBias(2, "near"),
+        ),
+        1,
+    ),
     "function of heads": (
         AttentionSpec(
             mask=kernels.MaskFn(EveryOther(3))
@@ -108,6 +127,11 @@ def arrays(kv_heads, *, batch=B, heads=H, tokens=T, dtype=jnp.float32):
         "prefix_len": jnp.asarray([3, 12], jnp.int32)[:batch],
         "q_segment_ids": segments,
         "k_segment_ids": segments,
+        "relative_bias": normal(heads, 13),
+        "near": normal(1, 5),
+        "block_mask": jnp.asarray(rng.random((batch, heads, 5, 7)) < 0.6),
+        "visible_keys": jnp.asarray(1.0 + np.arange(tokens))[None, None].astype(dtype),
+        "sharpen_offset": jnp.where(jnp.arange(tokens) > 2, 0.5, 0)[None, None],
         "reach": jnp.asarray([0, 3, 50, -1], jnp.int32)[:heads],
     }
     return (
@@ -121,6 +145,8 @@ def arrays(kv_heads, *, batch=B, heads=H, tokens=T, dtype=jnp.float32):
 
 def operands_of(spec, pool):
     found = {operand.name: pool[operand.name] for operand in spec.operands}
+    if "near" in found:
+        found["block_mask"] = pool["block_mask"][:1, :1, :1, :2]
     if GATE_A_HEAD in spec.epilogue:
         found["output_gate"] = pool["output_gate"][..., 0]
     return found
@@ -131,7 +157,8 @@ def value_and_grads(form, spec, q, k, v, operands, cotangents):
 
     @jax.jit
     def everything(q, k, v, operands):
-        trained = {n: x for n, x in operands.items() if x.dtype == q.dtype}
+        names = {operand.name for operand in spec.operands if operand.trains}
+        trained = {n: x for n, x in operands.items() if n in names}
 
         def project(q, k, v, trained):
             given = operands | trained
@@ -176,12 +203,42 @@ def test_kernels_equal_dense_float64(name):
     agree(value_and_grads(run, spec, *given), oracle(spec, *given))
 
 
+PLACED = {
+    "an offset for each row": (
+        AttentionSpec(
+            mask=CAUSAL & kernels.BlockMask(3, 4), score=kernels.RelativeBias(6)
+        ),
+        {"q_offset": jnp.asarray([9, 2], jnp.int32)},
+    ),
+    "queries and keys in any order": (
+        AttentionSpec(mask=kernels.BlockMask(3, 4)),
+        {
+            "q_positions": jnp.asarray([[3, 11, 0, 14, 5, 8, 2, 9, 16, 1]], jnp.int32),
+            "k_positions": jnp.stack([jnp.arange(T)[::-1], (7 * jnp.arange(T)) % T]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_tables_are_read_at_the_positions_that_are_given(name):
+    spec, places = PLACED[name]
+    q, k, v, pool, cotangents = arrays(1, heads=2)
+    operands = operands_of(spec, pool) | places
+    given = (q[:, :10], k, v, operands, [x[:, :10] for x in cotangents])
+    agree(value_and_grads(run, spec, *given), oracle(spec, *given))
+
+
 GATE, SCALE = kernels.OutputGate(), kernels.HeadScale()
 GATE_A_HEAD, NORM = kernels.OutputGate(per="head"), kernels.HeadRMSNorm()
-# Name -> weight map, mask, epilogue.
+SHARP = kernels.Sharpen(2, 1e-3)
+# Name -> weight map, mask, epilogue, and second pass if any.
 MAPS = {
     "bounded softmax": (kernels.Softmax(bound=20.0, sink="logit"), CAUSAL, GATE),
     "softplus": (kernels.SoftplusL1(), kernels.SlidingWindow(5), (NORM, SCALE)),
+    "softmax, sharpened": (ONE, CAUSAL, (NORM, GATE), SHARP),
+    "softplus, sharpened": (kernels.SoftplusL1(), CAUSAL, (), SHARP),
+    "sigmoid, clipped": (kernels.Sigmoid(), PACKED, (), kernels.Clip(-0.1, 1.3)),
     "polynomial": (kernels.Polynomial(eps=0.0), PACKED, ()),
     "softpick": (kernels.Softpick(), PACKED, GATE_A_HEAD),
     "squared relu": (kernels.ReluPower(power=2, factor=0.3), CAUSAL, (NORM, GATE)),
@@ -191,14 +248,22 @@ MAPS = {
 
 @pytest.mark.parametrize("name", MAPS)
 def test_weight_maps_and_epilogues_equal_dense_float64(name):
-    weight_map, mask, epilogue = MAPS[name]
-    spec = AttentionSpec(mask=mask, weight_map=weight_map, epilogue=epilogue)
+    weight_map, mask, epilogue, *again = MAPS[name]
+    spec = AttentionSpec(
+        mask=mask,
+        weight_map=weight_map,
+        epilogue=epilogue,
+        reweight=again[0] if again else None,
+    )
     q, k, v, pool, cotangents = arrays(1, batch=1, heads=2)
     given = (q, k, v, operands_of(spec, pool), cotangents)
     agree(value_and_grads(run, spec, *given), oracle(spec, *given))
 
 
-@pytest.mark.parametrize("name", ["causal, cap, bias, alibi, sink", "packed"])
+RACED = ("causal, cap, bias, alibi, sink", "distances, blocks of heads, second pass")
+
+
+@pytest.mark.parametrize("name", [*RACED, "packed"])
 def test_copies_and_cores_do_not_race(name):
     """Memory starts as NaN, copies land when waited for, two cores share the grid."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call

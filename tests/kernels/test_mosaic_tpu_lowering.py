@@ -43,6 +43,10 @@ POOL = {
     "output_gate": ((B, T, H, 64), BF16),
     "head_scale": ((H,), F32),
     "head_norm": ((H, 64), F32),
+    "relative_bias": ((H, 201), F32),
+    "block_mask": ((B, H, 16, 32), jnp.bool_),
+    "visible_keys": ((B, 1, T), F32),
+    "sharpen_offset": ((1, 1, T), F32),
     "prefix_len": ((B,), I32),
     "q_segment_ids": ((B, T), I32),
     "k_segment_ids": ((B, T), I32),
@@ -63,12 +67,17 @@ MASKS = {
     "block lists": AttentionSpec(
         mask=kernels.BlockLists(128, 128, tuple((i, 0) for i in range(8)))
     ),
+    "lists of odd blocks": AttentionSpec(
+        mask=CAUSAL & kernels.BlockLists(48, 80, tuple((i % 13, 0) for i in range(22)))
+    ),
+    "blocks of heads": AttentionSpec(mask=CAUSAL & kernels.BlockMask(64, 32)),
 }
 SCORES = {
     "cap": AttentionSpec(mask=CAUSAL, score=kernels.SoftCap(30.0)),
     "bias": AttentionSpec(score=kernels.Bias()),
     "alibi": AttentionSpec(mask=CAUSAL, score=kernels.ALiBi()),
     "function": AttentionSpec(score=BY_ROWS),
+    "distances": AttentionSpec(mask=CAUSAL, score=kernels.RelativeBias(100)),
 }
 MAPS = {
     "sink": kernels.Softmax(sink="logit"),
@@ -95,6 +104,18 @@ VARIANTS |= {
 VARIANTS |= {
     f"epilogue {name}": AttentionSpec(mask=CAUSAL, epilogue=epilogue)
     for name, epilogue in EPILOGUES.items()
+}
+
+
+VARIANTS |= {
+    "again clip": AttentionSpec(
+        mask=MASKS["blocks of heads"].mask,
+        score=kernels.RelativeBias(100),
+        reweight=kernels.Clip(-0.1, 1.1),
+    ),
+    "again sharpen": AttentionSpec(
+        mask=CAUSAL, weight_map=kernels.SoftplusL1(), reweight=kernels.Sharpen()
+    ),
 }
 
 
@@ -138,7 +159,8 @@ def num_kernels(text):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_lowers_forward_and_backward(name):
     text = lowered(VARIANTS[name])
-    assert num_kernels(text) == (4 if name == "score bias" else 3)
+    more = {"score bias": 1, "again clip": 2, "again sharpen": 2}
+    assert num_kernels(text) == 3 + more.get(name, 0)
     # No array of T x S, but for the bias and its gradient.
     if name != "score bias":
         assert f"{T}x{T}x" not in text and f"{T}x{T}>" not in text
@@ -150,12 +172,17 @@ SHAPES = {
     "few queries": dict(t=9, more=("q_offset",)),
     "positions and keys that are not there": dict(more=("q_offset", "kv_mask")),
     "a mapped axis": dict(mapped=True),
+    "distances from an offset": dict(more=("q_offset",)),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_lowers(name):
     spec = dataclasses.replace(MASKS["causal"], return_lse=True)
+    if "distances" in name:
+        spec = dataclasses.replace(
+            spec, mask=MASKS["blocks of heads"].mask, score=kernels.RelativeBias(100)
+        )
     assert num_kernels(lowered(spec, **SHAPES[name])) == 3
 
 

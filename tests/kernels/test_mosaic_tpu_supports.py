@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, Target, mosaic_tpu
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.mosaic_tpu import blocks, steps
+from attnjax.kernels.mosaic_tpu import blocks, layout, steps
 
 TPU = Target("tpu", "TPU v5 lite")
 CAUSAL = AttentionSpec(mask=kernels.Causal())
@@ -70,10 +70,10 @@ REFUSED = {
         CAUSAL,
         {"target": dataclasses.replace(TPU, num_devices=4)},
     ),
-    "second pass": (
-        "no second pass over rows, as Clip",
+    "second pass of a step": (
+        "with T=4, below 8, takes no second pass over rows, as Clip",
         AttentionSpec(reweight=kernels.Clip(-0.1, 1.1)),
-        {},
+        {"t": 4, "d": 128, "e": 128},
     ),
 }
 
@@ -92,6 +92,15 @@ def sorted_distance(b, h, q, k):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ranked(kernels.Reweight):
+    def apply(self, p, peak, tile):
+        return p * jnp.argsort(p)
+
+    def slope(self, p, peak, tile):
+        return jnp.ones_like(p)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunningSum(kernels.WeightMap):
     def unnormalized(self, s, shift):
         return jnp.cumsum(jax.nn.sigmoid(s), axis=-1)
@@ -103,15 +112,16 @@ class RunningSum(kernels.WeightMap):
 BLOCKS = tuple((i, 0) for i in range(8))
 TABLES = {
     "score": ("a table, as operand 'table' is", TABLE, {"table": (3,)}),
-    "relative bias": (
-        "a table, as operand 'relative_bias' is",
+    "moved distances": (
+        "along diagonals, which needs positions that count up by one, not operand "
+        "'k_positions'",
         AttentionSpec(score=kernels.RelativeBias(7)),
-        {"relative_bias": (4, 15)},
+        {"relative_bias": (4, 15), "k_positions": (1, 1024)},
     ),
-    "block mask": (
-        "a table, as operand 'block_mask' is",
-        AttentionSpec(mask=kernels.BlockMask(128, 128)),
-        {"block_mask": (1, 1, 8, 8)},
+    "ranks": (
+        "has no sort in a kernel, which Ranked takes",
+        AttentionSpec(reweight=Ranked()),
+        {},
     ),
     "sort": (
         "has no sort in a kernel, which MaskFn takes",
@@ -123,31 +133,39 @@ TABLES = {
         AttentionSpec(weight_map=RunningSum()),
         {},
     ),
-    "small blocks": (
-        "has no gather in a kernel, which BlockLists takes",
-        AttentionSpec(mask=kernels.BlockLists(64, 64, BLOCKS * 2)),
-        {},
-    ),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_look_ups_are_refused_and_auto_takes_another(name):
     reason, spec, sizes = TABLES[name]
-    dtype = jnp.bool_ if name == "block mask" else jnp.float32
-    operands = {n: jax.ShapeDtypeStruct(x, dtype) for n, x in sizes.items()}
+    dtypes = {"k_positions": jnp.int32}
+    operands = {
+        n: jax.ShapeDtypeStruct(x, dtypes.get(n, jnp.float32)) for n, x in sizes.items()
+    }
     lines = kernels.explain(*shapes(t=1024), spec, operands, target=TPU)
     assert lines[0] == "uses blocked on tpu"
     assert any("mosaic_tpu: " in line and reason in line for line in lines)
+
+
+def test_a_step_of_decoding_looks_nothing_up():
+    operands = {"block_mask": jax.ShapeDtypeStruct((2, 4, 1, 6), jnp.bool_)}
+    request = request_of(
+        AttentionSpec(mask=kernels.BlockMask(8, 8)), operands, t=4, d=128, e=128
+    )
+    assert "values up in a table, as operand 'block_mask'" in mosaic_tpu.supports(
+        request
+    )
 
 
 def test_lists_of_whole_blocks_need_no_look_up():
     spec = AttentionSpec(mask=kernels.BlockLists(128, 128, BLOCKS))
     request = request_of(spec, t=1024)
     assert mosaic_tpu.supports(request) is None
-    plan = blocks.plan_blocks(request, None)
-    assert (plan.block_q, plan.block_k) == (128, 128)
-    assert not blocks.masks_inside(plan)
+    whole, wider = (blocks.plan_blocks(request, (n, n)) for n in (128, 256))
+    assert not blocks.masks_inside(whole)
+    assert layout.operand_forms(whole) == {}
+    assert layout.operand_forms(wider) == {"block_lists_0": "marks"}
 
 
 @pytest.mark.parametrize("name", ["known tiles", "tiles found on the device"])
@@ -197,7 +215,7 @@ def walked(words):
 
 def test_known_masks_walk_only_the_tiles_they_need():
     _, kinds = kinds_of(CAUSAL)
-    assert walked(steps.list_steps(kinds)[0]) == [
+    assert walked(steps.list_steps(kinds)[0, 0]) == [
         (0, 0, steps.PARTIAL, True, True),
         (1, 0, steps.FULL, True, False),
         (1, 1, steps.PARTIAL, False, True),
@@ -206,17 +224,52 @@ def test_known_masks_walk_only_the_tiles_they_need():
         (2, 2, steps.PARTIAL, False, True),
     ]
     window = AttentionSpec(mask=kernels.SlidingWindow(3))
-    by_keys = steps.list_steps(kinds_of(window, t=160)[1].swapaxes(1, 2))
-    assert by_keys.shape == (1, 19)
+    by_keys = steps.list_steps(steps.by_keys(*kinds_of(window, t=160)))
+    assert by_keys.shape == (1, 1, 19)
+
+
+def test_marked_blocks_are_the_only_ones_that_a_head_visits():
+    marks = np.zeros((2, 4, 6, 6), bool)
+    marks[:, :, 0, 0] = marks[0, 1, 5, 2] = marks[1, 3, 4] = True
+    spec = AttentionSpec(mask=kernels.Causal() & kernels.BlockMask(8, 8))
+    plan, kinds = kinds_of(spec, {"block_mask": jnp.asarray(marks)})
+    assert kinds.shape == (2, 4, 3, 3)
+    wanted = np.zeros_like(kinds)
+    wanted[:, :, 0, 0] = wanted[0, 1, 2, 1] = steps.PARTIAL
+    wanted[1, 3, 2] = steps.PARTIAL
+    np.testing.assert_array_equal(kinds, wanted)
+    words = steps.list_steps(jnp.asarray(kinds))
+    assert [step[:3] for step in walked(words[0, 1])[6:]] == [
+        (2, 1, 1),
+        (2, 1, 0),
+        (2, 1, 0),
+    ]
+    # Over keys each pair of a head and a block of queries is a step of its own.
+    turned = steps.list_steps(steps.by_keys(plan, jnp.asarray(kinds)))
+    assert turned.shape == (2, 2, 3 * 2 * 3)
+    assert [step[:3] for step in walked(turned[1, 1])[6:9]] == [
+        (1, 3 + 2, 1),
+        (1, 3 + 2, 0),
+        (1, 3 + 2, 0),
+    ]
+
+
+def test_lists_that_do_not_fit_the_scalar_memory_are_shared():
+    spec = AttentionSpec(mask=kernels.BlockMask(1, 1))
+    marks = jnp.zeros((2, 4, 256, 256), bool).at[1, 2, 3, 5].set(True)
+    _, kinds = kinds_of(spec, {"block_mask": marks}, block=1, t=256)
+    assert kinds.shape == (1, 1, 256, 256)
+    assert (kinds[0, 0] != steps.EMPTY).sum() == 1
+    assert kinds[0, 0, 3, 5] == steps.PARTIAL
 
 
 def test_documents_are_skipped_in_each_row_of_the_batch():
     ids = jnp.asarray(np.stack([np.repeat([1, 2, 3], 16), np.ones(48, int)]), jnp.int32)
     operands = {"q_segment_ids": ids, "k_segment_ids": ids}
     _, kinds = kinds_of(PACKED, operands)
-    assert (kinds[0] == steps.PARTIAL * np.eye(3)).all()
+    assert (kinds[0, 0] == steps.PARTIAL * np.eye(3)).all()
     np.testing.assert_array_equal(kinds[1], kinds_of(CAUSAL)[1][0])
-    first, second = map(walked, steps.list_steps(jnp.asarray(kinds)))
+    first, second = map(walked, steps.list_steps(jnp.asarray(kinds))[:, 0])
     assert len(first) == len(second) == 9
     # What is left over names the tile before it, so that nothing is fetched.
     assert [step[:3] for step in first[3:6]] == [(1, 1, 1), (1, 1, 0), (1, 1, 0)]
@@ -232,9 +285,9 @@ def test_documents_are_skipped_in_each_row_of_the_batch():
 def test_padding_of_queries_and_keys_is_masked(mask):
     operands = {"prefix_len": jnp.asarray([100])} if mask.operands else {}
     _, kinds = kinds_of(AttentionSpec(mask=mask), operands, t=40)
-    assert (kinds[0, :2, :2] == steps.FULL).all()
-    assert (kinds[0, 2] == steps.PARTIAL).all()
-    assert (kinds[0, :, 2] == steps.PARTIAL).all()
+    assert (kinds[0, 0, :2, :2] == steps.FULL).all()
+    assert (kinds[0, 0, 2] == steps.PARTIAL).all()
+    assert (kinds[0, 0, :, 2] == steps.PARTIAL).all()
 
 
 def test_blocks_fit_the_lengths_and_the_memory():
@@ -252,3 +305,8 @@ def test_blocks_fit_the_lengths_and_the_memory():
     assert max(sizes(window, t=8192)) < 512
     bias = {"bias": jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.float32)}
     assert sizes(AttentionSpec(score=kernels.Bias()), bias, t=4096) == (512, 512)
+    marks = {"block_mask": jax.ShapeDtypeStruct((1, 1, 32, 16), jnp.bool_)}
+    marked = AttentionSpec(mask=kernels.BlockMask(128, 256))
+    assert sizes(marked, marks, t=4096) == (128, 128)
+    again = AttentionSpec(reweight=kernels.Clip())
+    assert sizes(again, t=8192) == (512, 512)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from attnjax.kernels import tile_math
+from attnjax.kernels import look_ups, tile_math
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.mosaic_tpu import layout
+from attnjax.kernels.mosaic_tpu import again, layout, tables
 from attnjax.kernels.mosaic_tpu.call import Walk, call, quotient, remainder
 from attnjax.kernels.mosaic_tpu.forward import LAST_AXES, PRODUCT, dot
 
@@ -29,19 +29,26 @@ def trained_names(plan: BlockPlan, *forms: str) -> list[str]:
 
 
 def query_gradients(walk: Walk, inputs: Arrays):
-    """dq [B, H, T, D] float32 and, by name, [B, H, 1, T] of row and scalar operands.
+    """dq [B, H, T, D] float32 and, by name, [B, H, 1, T] of row and scalar operands and
+    [B, H, R, L] of diagonals.
 
     Args:
-        inputs: q, k, v and d_out, padded; shift and d_sum [B, H, 1, T] where the
-            weight map has a sum; and the arranged operands.
+        inputs: q, k, v and d_out, padded; [B, H, 1, T] shift and d_sum where the
+            weight map has a sum, and peak, unit and delta where `reweight` needs
+            them; and the arranged operands.
     """
     plan = walk.plan
     b, h, t, d = inputs["q"].shape
     names = trained_names(plan, "row", "scalar")
+    known = inputs["operands"]
+    lines = {n: known[n].shape[2:] for n in trained_names(plan, "diagonals")}
     outputs = {"q": jax.ShapeDtypeStruct((b, h, t, d), jnp.float32)}
     outputs |= {n: jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32) for n in names}
     out_specs = {"q": walk.spec((plan.block_q, d), "q")}
     out_specs |= {name: walk.spec((1, plan.block_q), "t") for name in names}
+    for name, size in lines.items():
+        outputs[name] = jax.ShapeDtypeStruct((b, h, *size), jnp.float32)
+        out_specs[name] = pl.BlockSpec((None, None, *size), _of_head)
     scratch = {"q": (plan.block_q, d)} | {name: (plan.block_q, 1) for name in names}
     features = 2 * d + plan.request.value_dim
     found = call(
@@ -57,6 +64,10 @@ def query_gradients(walk: Walk, inputs: Arrays):
     return found.pop("q"), found
 
 
+def _of_head(b, h, *_):
+    return (b, h, 0, 0)
+
+
 def _input_specs(walk: Walk, inputs: Arrays):
     plan, request = walk.plan, walk.plan.request
     sizes = {
@@ -64,16 +75,19 @@ def _input_specs(walk: Walk, inputs: Arrays):
         "d_out": ((plan.block_q, request.value_dim), "q"),
         "k": ((plan.block_k, request.head_dim), "k"),
         "v": ((plan.block_k, request.value_dim), "k"),
-        "shift": ((1, plan.block_q), "t"),
-        "d_sum": ((1, plan.block_q), "t"),
     }
+    names = ("shift", "d_sum", "peak", "unit", "delta")
+    sizes |= dict.fromkeys(names, ((1, plan.block_q), "t"))
     specs = {name: walk.spec(*sizes[name]) for name in inputs if name != "operands"}
     return specs | {"operands": walk.operand_specs(inputs["operands"])}
 
 
 def _query_gradients(walk: Walk, words_ref, refs, outputs, scratch) -> None:
     place, kind, first, last = walk.here(words_ref)
+    lines = {n: outputs[n] for n in trained_names(walk.plan, "diagonals")}
     pl.when(first)(lambda: _clear(scratch))
+    if lines:
+        pl.when(pl.program_id(2) == 0)(lambda: _clear(lines))
 
     def body(masked):
         _, d_raw, spread = _tile_gradients(
@@ -83,6 +97,8 @@ def _query_gradients(walk: Walk, words_ref, refs, outputs, scratch) -> None:
         scratch["q"][...] += dot(d_raw.astype(k.dtype), k, PRODUCT)
         for name in trained_names(walk.plan, "row", "scalar"):
             scratch[name][...] += jnp.sum(spread[name], axis=1, keepdims=True)
+        for name, ref in lines.items():
+            tables.add_diagonals(walk.plan, spread[name], ref, place)
 
     walk.visit(kind, body)
 
@@ -205,7 +221,7 @@ def _tile_gradients(plan: BlockPlan, place, refs, *, masked: bool, swapped: bool
         swapped: tiles are [block_k, block_q], so that each product takes its inputs
             as they lie.
     """
-    request, spec = plan.request, plan.request.spec
+    request, spec = plan.request, look_ups.inside(plan.request.spec)
     weight_map = spec.weight_map
     pairs = [(refs["q"][...], refs["k"][...]), (refs["d_out"][...], refs["v"][...])]
     raw, dp = (dot(*(p[::-1] if swapped else p), LAST_AXES) for p in pairs)
@@ -213,18 +229,69 @@ def _tile_gradients(plan: BlockPlan, place, refs, *, masked: bool, swapped: bool
     tile = layout.read_tile(plan, refs["operands"], place, swapped=swapped)
     mask = layout.visible(plan, tile, place, swapped=swapped) if masked else None
     s = tile_math.masked_scores(spec, raw, tile, mask)
-    shift = factor = d_sum = None
-    if weight_map.needs_sum:
-        shift, d_sum = (
-            refs[name][...] if swapped else layout.turn(refs[name][...])
-            for name in ("shift", "d_sum")
-        )
-        if not weight_map.exponential:
-            factor, shift = jnp.exp(-shift), None
-    u = tile_math.keep(weight_map, mask, weight_map.unnormalized(s, shift))
-    ds = tile_math.score_cotangent(weight_map, s, u, shift, mask, (dp, d_sum))
-    weights = u
-    if factor is not None:
-        ds, weights = ds * factor, u * factor
+    rows = {
+        name: refs[name][...] if swapped else layout.turn(refs[name][...])
+        for name in ("shift", "d_sum", "peak", "unit", "delta")
+        if name in refs
+    }
+    u, factor, shift = again.finished(spec, s, mask, rows.get("shift"))
+    weights = u if factor is None else u * factor
+    if spec.reweight is not None:
+        weights, dp = _taken_again(spec.reweight, weights, dp, rows, tile)
+    ds = tile_math.score_cotangent(
+        weight_map, s, u, shift, mask, (dp, rows.get("d_sum"))
+    )
+    ds = ds if factor is None else ds * factor
     d_raw, spread = tile_math.score_gradients(spec, raw, ds, tile, mask)
     return weights, d_raw, spread
+
+
+def _taken_again(reweight, p: jax.Array, dp: jax.Array, rows: Arrays, tile):
+    """b and the cotangent of p, from p and the cotangent of b."""
+    b = reweight.apply(p, rows["peak"], tile)
+    slope = reweight.slope(p, rows["peak"], tile)
+    if "unit" in rows:
+        b, dp = b * rows["unit"], (dp - rows["delta"]) * rows["unit"]
+    return b, slope * dp
+
+
+def sum_cotangents(walk: Walk, inputs: Arrays) -> jax.Array:
+    """[B, H, 1, T]: with `reweight`, the cotangent of the log of a row's sum."""
+    plan = walk.plan
+    b, h, t, d = inputs["q"].shape
+    found = call(
+        walk,
+        _sum_cotangents,
+        inputs,
+        _input_specs(walk, inputs),
+        {"d_sum": jax.ShapeDtypeStruct((b, h, 1, t), jnp.float32)},
+        {"d_sum": walk.spec((1, plan.block_q), "t")},
+        {"d_sum": (plan.block_q, 1)},
+        features=d + plan.request.value_dim,
+    )
+    return found["d_sum"]
+
+
+def _sum_cotangents(walk: Walk, words_ref, refs, outputs, scratch) -> None:
+    place, kind, first, last = walk.here(words_ref)
+    spec = walk.plan.request.spec
+    pl.when(first)(lambda: _clear(scratch))
+
+    def body(masked):
+        tile, s, mask = again.tile_scores(walk, place, refs, masked)
+        rows = {
+            name: layout.turn(refs[name][...])
+            for name in ("shift", "peak", "unit", "delta")
+            if name in refs
+        }
+        u, factor, _ = again.finished(spec, s, mask, rows["shift"])
+        p = u if factor is None else u * factor
+        dp = dot(refs["d_out"][...], refs["v"][...], LAST_AXES)
+        _, dp = _taken_again(spec.reweight, p, dp, rows, tile)
+        scratch["d_sum"][...] -= jnp.sum(p * dp, axis=1, keepdims=True)
+
+    walk.visit(kind, body)
+
+    @pl.when(last)
+    def _():
+        outputs["d_sum"][...] = layout.turn(scratch["d_sum"][...])

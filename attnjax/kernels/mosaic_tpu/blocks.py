@@ -1,8 +1,10 @@
 """Block sizes by measurement, or by shape and mask."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from attnjax.kernels import tuned
+from attnjax.kernels import look_ups, tuned
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.mosaic_tpu.hooks import mask_problem
 from attnjax.kernels.mosaic_tpu.steps import EMPTY, PARTIAL, is_static, static_kinds
@@ -28,6 +30,7 @@ def plan_blocks(request: Request, block_sizes: tuple[int, int] | None) -> BlockP
     if measured is not None:
         return _plan(request, *measured)
     plans = [_plan(request, *size) for size in CANDIDATES[_first(request) :]]
+    plans = [plan for plan in plans if _whole_marks(plan)] or plans[-1:]
     if mask_problem(request):
         plans = [plan for plan in plans if not masks_inside(plan)] or plans
     return min(plans, key=_cost)
@@ -47,7 +50,20 @@ def _first(request: Request) -> int:
     light = features <= FEW_FEATURES and set(request.dtypes) == {"bfloat16"}
     # A user's function keeps as much as it likes.
     known = all(step.finite for step in request.spec.score)
+    known = known and request.spec.reweight is None
     return 0 if light and known and not tiles else 1
+
+
+def _whole_marks(plan: BlockPlan) -> bool:
+    """Whether no tile is larger than a block that an array marks: what the array
+    leaves out is then skipped."""
+    masks = look_ups.masks_by_blocks(plan.request.spec).values()
+    return all(
+        plan.block_q <= max(LANES, mask.block_q)
+        and plan.block_k <= max(LANES, mask.block_k)
+        for mask in masks
+        if not mask.complete
+    )
 
 
 def _plan(request: Request, block_q: int, block_k: int) -> BlockPlan:
@@ -63,3 +79,10 @@ def _cost(plan: BlockPlan) -> int:
     """Scores computed, padding and overhead included."""
     visited = int(np.count_nonzero(static_kinds(plan) != EMPTY))
     return visited * (plan.block_q * plan.block_k + STEP_OVERHEAD)
+
+
+def turn(x: jax.Array) -> jax.Array:
+    """A row [1, n] as a column [n, 1], or back, by a transposition of full lanes."""
+    if x.shape[0] == 1:
+        return jnp.broadcast_to(x, (LANES, x.shape[1])).T[:, :1]
+    return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]

@@ -33,11 +33,13 @@ class Walk:
 
     Attributes:
         plan: block sizes.
-        words: steps [B or 1, n].
+        words: steps [B or 1, heads or 1, n].
         over: what a row of steps gathers for. "queries": a block of queries and one
             head; "keys": a block of keys and a key/value head, its query heads
             innermost; "tiles": one tile, the batch rows and heads that share it
             innermost.
+        pairs: for "keys", whether heads have steps of their own: a column is then a
+            query head and a block of queries (`steps.by_keys`).
         shares: for "tiles", whether one tile serves all batch rows, and all heads.
         interpret: parameters of Pallas' TPU interpreter, or False.
     """
@@ -45,6 +47,7 @@ class Walk:
     plan: BlockPlan
     words: steps.Words
     over: str = "queries"
+    pairs: bool = False
     shares: tuple[bool, bool] = (False, False)
     interpret: object = False
 
@@ -57,10 +60,10 @@ class Walk:
     @property
     def grid(self) -> tuple[int, int, int, int]:
         """Sizes of the grid."""
-        request, n = self.plan.request, self.words.shape[1]
+        request, n = self.plan.request, self.words.shape[2]
         b, h = request.batch, request.num_heads
         if self.over == "keys":
-            return (b, request.num_kv_heads, n, self.group)
+            return (b, request.num_kv_heads, n, 1 if self.pairs else self.group)
         outer = [1 if s else n for s, n in zip(self.shares, (b, h), strict=True)]
         return (*outer, n, b * h // math.prod(outer))
 
@@ -76,8 +79,11 @@ class Walk:
         )
 
     def _word(self, grid, words_ref) -> jax.Array:
-        num_b, n = self.words.shape
-        start = n * self._row_and_head(grid)[0] if num_b > 1 else 0
+        num_b, num_h, n = self.words.shape
+        b, h = self._row_and_head(grid)
+        start = n * num_h * b if num_b > 1 else 0
+        if num_h > 1:
+            start += n * (grid[1] if self.over == "keys" else h)
         return words_ref[start + grid[2]]
 
     def place(self, *grid_and_words) -> Place:
@@ -85,9 +91,13 @@ class Walk:
         *grid, words_ref = grid_and_words
         word = self._word(grid, words_ref)
         i, j = steps.row_of(word), steps.column_of(word)
+        b, h = self._row_and_head(grid)
         if self.over == "keys":
             i, j = j, i
-        return Place(*self._row_and_head(grid), i, j)
+            if self.pairs:
+                h = grid[1] * self.group + quotient(i, self.plan.num_q)
+                i = remainder(i, self.plan.num_q)
+        return Place(b, h, i, j)
 
     def here(self, words_ref) -> tuple[Place, jax.Array, jax.Array, jax.Array]:
         """Inside a kernel: the place, its kind, and whether a row begins or ends."""

@@ -61,7 +61,8 @@ def decode(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(plan: DecodePlan, interpret, q, k, v, trained: Arrays, fixed: Arrays):
     operands = {**trained, **fixed}
-    words = steps.list_steps(steps.tile_kinds(plan.blocks, operands))
+    kinds = steps.tile_kinds(plan.blocks, operands, by_head=False)
+    words = steps.list_steps(kinds)[:, 0]
     parts = _parts(plan, interpret, words, (q, k, v), operands)
     return _join(plan.request, parts, operands)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from attnjax.kernels import tiles, tuned
+from attnjax.kernels import look_ups, tiles, tuned
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.masks import Tile
 from attnjax.kernels.mosaic_tpu.blocks import LANES
@@ -100,6 +100,9 @@ def problem(request: Request) -> str | None:
             "and K = 1 or whole 8s (or 2 or 4 where D = E = 128), not "
             f"D={request.head_dim}, E={request.value_dim}, K={request.num_kv_heads}"
         )
+    if request.spec.reweight is not None:
+        name = type(request.spec.reweight).__name__
+        return f"{few} takes no second pass over rows, as {name} is"
     known = tiles.declarations(request.spec)
     shapes = tiles.of_tiles(request.spec, dict(request.operand_shapes))
     for name, shape in shapes.items():
@@ -142,14 +145,6 @@ def _arrange(plan: DecodePlan, x: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2).reshape(b, plan.rows, 1)
 
 
-def divide(n: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """n // by and n % by for small n >= 0, by a product: vectors have no division."""
-    if by == 1:
-        return n, jnp.zeros_like(n)
-    whole = ((n.astype(jnp.float32) + 0.5) * (1.0 / by)).astype(jnp.int32)
-    return whole, n - whole * by
-
-
 def read_tile(
     plan: DecodePlan, refs: Mapping, b, j
 ) -> tuple[Tile, jax.Array, jax.Array]:
@@ -167,12 +162,15 @@ def read_tile(
     }
     row = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (1, plan.columns), 1)
-    query, head = divide(row, request.num_heads)
-    key, kv_head = divide(column, request.num_kv_heads)
+    query, head = look_ups.divide(row, request.num_heads)
+    key, kv_head = look_ups.divide(column, request.num_kv_heads)
     key = key + j * plan.block
     own = None
     if request.num_kv_heads > 1:
-        own = divide(head, request.num_heads // request.num_kv_heads)[0] == kv_head
+        own = (
+            look_ups.divide(head, request.num_heads // request.num_kv_heads)[0]
+            == kv_head
+        )
     tile = Tile(
         b=b,
         h=head,

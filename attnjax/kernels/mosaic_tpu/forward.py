@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from attnjax.kernels import tile_math
+from attnjax.kernels import look_ups, tile_math
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.mosaic_tpu import finish, layout
 from attnjax.kernels.mosaic_tpu.call import Walk, call
@@ -83,7 +83,7 @@ def _forward(walk: Walk, words_ref, refs, outputs, scratch) -> None:
 
 def _absorb(plan: BlockPlan, place, refs, scratch, masked: bool) -> None:
     """Add one tile to the running rows."""
-    spec = plan.request.spec
+    spec = look_ups.inside(plan.request.spec)
     raw = dot(refs["q"][...], refs["k"][...], LAST_AXES) * plan.request.scale
     tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
     mask = layout.visible(plan, tile, place, swapped=False) if masked else None

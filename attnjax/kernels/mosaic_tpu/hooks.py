@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-from attnjax.kernels import tiles
+from attnjax.kernels import look_ups, tiles
 from attnjax.kernels.compat import NEWER_PRIMITIVES
 from attnjax.kernels.masks import Tile
 from attnjax.kernels.operands import as_rank4
 from attnjax.kernels.request import Request
 from attnjax.kernels.scores import ScoreStep
+from attnjax.kernels.spec import AttentionSpec
 
 # Elementwise primitives, and moves between shapes, that Mosaic lowers for vectors.
 _WORDS = """
@@ -30,12 +31,15 @@ _DTYPES = {"float": jnp.float32, "int": jnp.int32, "bool": jnp.bool_}
 # What an operand of "any" kind may be: a request does not say.
 _ANY = (jnp.int32, jnp.float32, jnp.bool_)
 _SHAPE = (1, 1, 8, 128)
+# Rows of a register. Fewer queries would leave tiles empty, and every query head would
+# read the keys by itself: such a step of decoding has a kernel of its own.
+MIN_QUERIES = 8
 
 
 @functools.lru_cache(maxsize=256)
 def mask_problem(request: Request) -> str | None:
     """Why the mask cannot be evaluated inside a kernel, or None."""
-    mask = request.spec.mask
+    mask = _spec(request).mask
     names = {operand.name for operand in mask.operands}
     return _problem(request, names, mask.visible, type(mask).__name__)
 
@@ -43,7 +47,7 @@ def mask_problem(request: Request) -> str | None:
 @functools.lru_cache(maxsize=256)
 def score_problem(request: Request) -> str | None:
     """Why a score step cannot be computed inside a kernel, or None."""
-    for step in request.spec.score:
+    for step in _spec(request).score:
         names = {operand.name for operand in step.operands}
         name = type(step).__name__
         found = _problem(request, names, functools.partial(_both_ways, step), name)
@@ -68,6 +72,30 @@ def map_problem(request: Request) -> str | None:
     return _missing(traced.jaxpr, type(weight_map).__name__)
 
 
+@functools.lru_cache(maxsize=256)
+def reweight_problem(request: Request) -> str | None:
+    """Why the second pass over rows cannot be computed inside a kernel, or None."""
+    again = request.spec.reweight
+    if again is None:
+        return None
+    names = {operand.name for operand in again.operands}
+
+    def formulas(tile: Tile):
+        p = jnp.zeros(_SHAPE, jnp.float32)
+        peak = p[..., :1]
+        found = again.apply(p, peak, tile), again.slope(p, peak, tile)
+        return (*found, again.extra(peak, tile))
+
+    return _problem(request, names, formulas, type(again).__name__)
+
+
+def _spec(request: Request) -> AttentionSpec:
+    """The spec whose functions a kernel traces; that of decoding makes no tables."""
+    if request.q_len < MIN_QUERIES:
+        return request.spec
+    return look_ups.inside(request.spec)
+
+
 def _both_ways(step: ScoreStep, tile: Tile):
     """A step and its derivative."""
     fixed = {n: x for n, x in tile.operands.items() if x.dtype != jnp.float32}
@@ -86,7 +114,7 @@ def _both_ways(step: ScoreStep, tile: Tile):
 
 
 def _problem(request: Request, names: set[str], function: Callable, owner: str):
-    known = tiles.declarations(request.spec)
+    known = tiles.declarations(_spec(request))
     for name in sorted(names):
         if known[name].axes == "*":
             return f"cannot look values up in a table, as operand {name!r} is"
@@ -114,9 +142,16 @@ def _missing(jaxpr, owner: str) -> str | None:
 
 def _shapes(request: Request, dtypes) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the operands of one small tile."""
-    known = tiles.declarations(request.spec)
-    given = dict(request.operand_shapes)
+    known = tiles.declarations(_spec(request))
+    outside = tiles.declarations(request.spec)
     sizes = dict(zip("bhts", _SHAPE, strict=True))
+    # A table is a whole tile inside a kernel.
+    given = {
+        name: shape
+        for name, shape in request.operand_shapes
+        if outside[name].axes != "*"
+    }
+    given = dict.fromkeys(dtypes, _SHAPE) | given
     return {
         name: jax.ShapeDtypeStruct(
             tuple(

@@ -6,7 +6,7 @@ An operand is laid out by the axes along which it really varies:
     column  s alone: [B|1, H|1, 1, S]
     tile    both: [B|1, H|1, T, S]
 Vectors lie along lanes, because a column in memory would be padded to 128 lanes; the
-kernel turns them where it needs to.
+kernel turns them where it needs to. Tables have forms of their own (tables.py).
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attnjax.kernels import tiles
+from attnjax.kernels import look_ups, tiles
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.masks import Tile
-from attnjax.kernels.mosaic_tpu.blocks import LANES
+from attnjax.kernels.mosaic_tpu import tables
+from attnjax.kernels.mosaic_tpu.blocks import turn
 from attnjax.kernels.operands import Operand, as_rank4
 
 Arrays = Mapping[str, jax.Array]
@@ -57,17 +58,23 @@ def operand_forms(plan: BlockPlan) -> dict[str, str]:
     if "q_offset" in shapes:
         offset = shapes.pop("q_offset")
         shapes["q_positions"] = (offset[0] if offset else 1, plan.request.q_len)
-    return {name: form_of(known[name], shapes[name]) for name in sorted(shapes)}
+    found = tables.forms(plan)
+    for name in sorted(shapes):
+        if known[name].axes != "*":
+            found[name] = form_of(known[name], shapes[name])
+    return found
 
 
 def arrange_operands(plan: BlockPlan, operands: Arrays) -> dict[str, jax.Array]:
     """Operands in the layout of their forms."""
     known = tiles.declarations(plan.request.spec)
     forms = operand_forms(plan)
-    return {
+    vectors = {
         name: _arrange(plan, forms[name], as_rank4(array, known[name].axes))
         for name, array in operands.items()
+        if known[name].axes != "*"
     }
+    return vectors | tables.arrange(plan, operands)
 
 
 def _arrange(plan: BlockPlan, form: str, x: jax.Array) -> jax.Array:
@@ -113,6 +120,8 @@ def operand_spec(plan: BlockPlan, form: str, shape, place) -> pl.BlockSpec:
     """
     if form == "scalar":
         return pl.BlockSpec(memory_space=pltpu.SMEM)
+    if form in ("diagonals", "marks"):
+        return tables.spec_of(plan, form, shape, place)
     sizes = {
         "row": (1, plan.block_q),
         "column": (1, plan.block_k),
@@ -129,13 +138,6 @@ def operand_spec(plan: BlockPlan, form: str, shape, place) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *sizes), index)
 
 
-def turn(x: jax.Array) -> jax.Array:
-    """A row [1, n] as a column [n, 1], or back, by a transposition of full lanes."""
-    if x.shape[0] == 1:
-        return jnp.broadcast_to(x, (LANES, x.shape[1])).T[:, :1]
-    return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
-
-
 def read_tile(plan: BlockPlan, refs: Mapping, place: Place, *, swapped: bool) -> Tile:
     """The tile at a place with its operands, of rank 2 instead of 4.
 
@@ -148,8 +150,15 @@ def read_tile(plan: BlockPlan, refs: Mapping, place: Place, *, swapped: bool) ->
     known = tiles.declarations(plan.request.spec)
     values = {}
     for name, ref in refs.items():
-        value = read(forms[name], ref, place, swapped=swapped)
-        values[name] = value != 0 if known[name].kind == "bool" else value
+        if forms[name] == "marks":
+            # What they say is only asked where the mask is.
+            values[name] = ref[...]
+        elif forms[name] == "diagonals":
+            value = tables.bias_tile(plan, ref, place)
+            values[name] = value.T if swapped else value
+        else:
+            value = read(forms[name], ref, place, swapped=swapped)
+            values[name] = value != 0 if known[name].kind == "bool" else value
     queries, keys = _numbers(plan, place, swapped)
     return Tile(
         b=place.b,
@@ -191,7 +200,9 @@ def _numbers(plan: BlockPlan, place: Place, swapped: bool):
 def visible(plan: BlockPlan, tile: Tile, place: Place, *, swapped: bool) -> jax.Array:
     """The whole mask of a tile, padding of queries and keys included; of full shape."""
     queries, keys = _numbers(plan, place, swapped)
-    conditions = [tiles.visible(plan.request.spec, tile)]
+    marks = tables.mark_tiles(plan, tile, place, swapped=swapped)
+    marked = dataclasses.replace(tile, operands=tile.operands | marks)
+    conditions = [tiles.visible(look_ups.inside(plan.request.spec), marked)]
     if plan.padded_keys:
         conditions.append(keys < plan.request.kv_len)
     if plan.num_q * plan.block_q != plan.request.q_len:

@@ -1,8 +1,9 @@
 """Which tiles a kernel visits, as words that its grid walks.
 
-A kind matrix [B or 1, num_q, num_k] says of each tile whether the mask leaves it
-empty, partial or full. A list of steps orders the tiles by blocks of queries, or of
-keys; one word holds a step, because all words must fit the scalar memory.
+A kind matrix [num_q, num_k], one for all or for each row of the batch and head, says
+of each tile whether the mask leaves it empty, partial or full. A list of steps orders
+the tiles by blocks of queries, or of keys; one word holds a step, because all words
+must fit the scalar memory.
 """
 
 import functools
@@ -12,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.kernels import tiles
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.blocked_forward import pad_operands
+from attnjax.kernels.mosaic_tpu.seen import seen_and_full
 from attnjax.kernels.tile_table import static_table
 
 Arrays = Mapping[str, jax.Array]
@@ -25,7 +26,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 FIRST, LAST = 4, 8
 FLAG_BITS, INDEX_BITS = 4, 13
 MOST_BLOCKS = 2**INDEX_BITS
-# Words of all batch rows together: 256 KiB of scalar memory.
+# Words of all lists together: 256 KiB of scalar memory.
 MOST_WORDS = 2**16
 
 
@@ -66,78 +67,64 @@ def static_kinds(plan: BlockPlan) -> np.ndarray:
     return kinds
 
 
-def tile_kinds(plan: BlockPlan, operands: Arrays) -> Words:
-    """Kinds [B or 1, num_q, num_k]: a constant, or found on the device."""
+def tile_kinds(plan: BlockPlan, operands: Arrays, *, by_head: bool = True) -> Words:
+    """Kinds [B or 1, H or 1, num_q, num_k]: a constant, or found on the device.
+
+    Args:
+        by_head: whether heads may have lists of their own.
+    """
     static = static_kinds(plan)
     if is_static(plan):
-        return static[None]
-    seen, full = _seen_and_full(plan)(pad_operands(plan, operands))
-    if seen.shape[0] * static.size > MOST_WORDS:
-        seen, full = seen.any(0, keepdims=True), full.all(0, keepdims=True)
+        return static[None, None]
+    seen, full = seen_and_full(plan)(pad_operands(plan, operands))
+    group = plan.request.num_heads // plan.request.num_kv_heads
+    for axis, may in ((1, by_head and group * plan.num_q <= MOST_BLOCKS), (0, True)):
+        if not may or seen.shape[0] * seen.shape[1] * static.size > MOST_WORDS:
+            seen = seen.any(axis, keepdims=True)
+            full = full.all(axis, keepdims=True)
     found = jnp.where(full, FULL, jnp.where(seen, PARTIAL, EMPTY)).astype(jnp.int32)
     return jnp.where(static == EMPTY, EMPTY, found)
 
 
-def _seen_and_full(plan: BlockPlan):
-    """operands -> (seen, full), bool [B or 1, num_q, num_k]: whether a tile's mask
-    shows anything, and everything, to any, and all, heads.
-
-    Under vmap one list of steps serves the whole mapped axis, so that the axis can
-    become one of the grid's.
-    """
-    request = plan.request
-
-    def row(operands: Arrays, i):
-        place = (i * plan.block_q, plan.block_q, 0, plan.num_k * plan.block_k)
-        tile = tiles.make_tile(request, operands, place)
-        mask = tiles.visible(request.spec, tile)
-        queries = place[0] + jnp.arange(place[1], dtype=jnp.int32)
-        keys = jnp.arange(place[3], dtype=jnp.int32)
-        exist = (queries < request.q_len)[:, None] & (keys < request.kv_len)
-        mask = exist[None, None] if mask is None else mask & exist
-        mask = mask.reshape(*mask.shape[:3], plan.num_k, plan.block_k)
-        return mask.any((1, 2, 4)), mask.all((1, 2, 4))
-
-    def evaluate(operands: Arrays):
-        numbers = jnp.arange(plan.num_q, dtype=jnp.int32)
-        found = jax.lax.map(functools.partial(row, operands), numbers)
-        return tuple(jnp.swapaxes(x, 0, 1) for x in found)
-
-    folded = jax.custom_batching.custom_vmap(evaluate)
-
-    @folded.def_vmap
-    def _(axis_size, in_batched, operands):
-        del axis_size
-        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[0])
-        seen, full = jax.vmap(evaluate, in_axes=(axes,))(operands)
-        return (seen.any(0), full.all(0)), (False, False)
-
-    return folded
+def by_keys(plan: BlockPlan, kinds: Words) -> Words:
+    """Kinds [B or 1, 1, num_k, num_q] to walk over queries; or, if each head has its
+    own, [B or 1, K, num_k, G num_q]: a column i of the g-th query head of a key/value
+    head is g num_q + i."""
+    kinds = kinds.swapaxes(2, 3)
+    b, h, num_k, num_q = kinds.shape
+    if h == 1:
+        return kinds
+    heads = plan.request.num_kv_heads
+    kinds = kinds.reshape(b, heads, h // heads, num_k, num_q).swapaxes(2, 3)
+    return kinds.reshape(b, heads, num_k, -1)
 
 
 def list_steps(kinds: Words) -> Words:
-    """Steps [B or 1, n] over the rows of a kind matrix, each row at least once.
+    """Steps [B or 1, heads or 1, n] over the rows of kind matrices, each row at least
+    once.
 
     Known kinds give as many steps as there are tiles to visit; kinds found on the
     device give one for each tile, those to visit first in each row. The rest name the
     last tile visited, so that nothing is fetched for them.
     """
     if isinstance(kinds, np.ndarray):
-        return _static_steps(kinds[0])[None]
-    num_b, num_rows, num_columns = kinds.shape
+        return _static_steps(kinds[0, 0])[None, None]
+    num_columns = kinds.shape[3]
     seen = kinds != EMPTY
-    order = jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32)
-    count = seen.sum(-1, keepdims=True, dtype=jnp.int32)
     number = jnp.arange(num_columns, dtype=jnp.int32)
-    place = jnp.minimum(number, jnp.maximum(count - 1, 0))
-    columns = jnp.take_along_axis(order, place, -1)
-    kind = jnp.take_along_axis(kinds, columns, -1)
-    flags = jnp.where(number < count, kind, EMPTY)
+    count = seen.sum(-1, keepdims=True, dtype=jnp.int32)
+    last = jnp.where(seen, number, 0).max(-1, keepdims=True)
+    # One sort of numbers and no look-up: tiles that are seen come first, with kinds.
+    behind = jnp.where(seen, 0, 4 * MOST_BLOCKS)
+    order = jax.lax.sort(behind + 4 * number + kinds, is_stable=False)
+    visited = number < count
+    columns = jnp.where(visited, order >> 2, last)
+    flags = jnp.where(visited, order & 3, EMPTY)
     flags += jnp.where(number == 0, FIRST, 0)
     flags += jnp.where(number == num_columns - 1, LAST, 0)
-    rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    rows = jnp.arange(kinds.shape[2], dtype=jnp.int32)[:, None]
     words = _pack(rows, columns, flags)
-    return words.reshape(num_b, num_rows * num_columns)
+    return words.reshape(*kinds.shape[:2], -1)
 
 
 def _static_steps(kinds: np.ndarray) -> np.ndarray:
@@ -158,10 +145,11 @@ def _pack(row, column, flags):
 
 
 def list_tiles(kinds: Words) -> Words:
-    """Steps [B or 1, n] over all tiles, the empty ones too, each a row of its own."""
-    num_b, num_rows, num_columns = kinds.shape
+    """Steps [B or 1, H or 1, n] over all tiles, the empty ones too, each a row of its
+    own."""
+    num_rows, num_columns = kinds.shape[2:]
     xp = np if isinstance(kinds, np.ndarray) else jnp
     rows = xp.arange(num_rows, dtype=np.int32)[:, None]
     columns = xp.arange(num_columns, dtype=np.int32)
     words = _pack(rows, columns, kinds | FIRST | LAST)
-    return words.reshape(num_b, num_rows * num_columns)
+    return words.reshape(*kinds.shape[:2], -1)

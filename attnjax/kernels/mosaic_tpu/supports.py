@@ -1,5 +1,6 @@
 """What the TPU kernels take, and why not the rest."""
 
+from attnjax.kernels import look_ups
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.compat import inside_shard_map
 from attnjax.kernels.mosaic_tpu import blocks, decode_plan, hooks, steps
@@ -7,14 +8,11 @@ from attnjax.kernels.request import Request
 
 DTYPES = ("bfloat16", "float32")
 MAX_HEAD_DIM = 512
-# Rows of a register. Fewer queries would leave tiles empty, and every query head would
-# read the keys by itself: such a step of decoding has a kernel of its own.
-MIN_QUERIES = 8
 
 
 def decodes(request: Request) -> bool:
     """Whether the kernel for few queries takes the request."""
-    return request.q_len < MIN_QUERIES
+    return request.q_len < hooks.MIN_QUERIES
 
 
 def supports(request: Request) -> str | None:
@@ -47,13 +45,23 @@ def _arrays(request: Request) -> str | None:
 
 
 def _spec(request: Request) -> str | None:
-    if request.spec.reweight is not None:
-        name = type(request.spec.reweight).__name__
-        return f"takes no second pass over rows, as {name} is"
-    found = hooks.score_problem(request) or hooks.map_problem(request)
+    problems = (hooks.score_problem, hooks.map_problem, hooks.reweight_problem)
+    found = next((found for problem in problems if (found := problem(request))), None)
+    found = found or _tables(request)
     if found is None and blocks.masks_inside(_blocks(request)):
         found = hooks.mask_problem(request)
     return found
+
+
+def _tables(request: Request) -> str | None:
+    """Distances of queries and keys must fall by one along a tile."""
+    moved = {"q_positions", "k_positions"} & request.operand_names
+    if moved and look_ups.biases_by_distance(request.spec):
+        return (
+            "looks distances up along diagonals, which needs positions that count up "
+            f"by one, not operand {min(moved)!r}"
+        )
+    return None
 
 
 def _blocks(request: Request) -> BlockPlan:
