@@ -25,6 +25,10 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 LOGICAL_AXES = (
     (r"token_embedding/table$", ("vocab", "embed")),
     (r"(position_embedding|prefix_tokens)/table$", (None, "embed")),
+    (r"(class_token|registers)/table$", (None, "embed")),
+    (r"patches/kernel$", (None, "embed")),
+    (r"pool/query$", (None, "embed")),
+    (r"pool/value/kernel$", ("embed", None)),
     (r"head/kernel$", ("embed", "vocab")),
     (r"mlp/(up|gate)/kernel$", ("embed", "mlp")),
     (r"mlp/(up|gate)/bias$", ("mlp",)),
@@ -32,6 +36,12 @@ LOGICAL_AXES = (
     (r"mixer/out/kernel$", ("heads", "embed")),
     (r"mixer/(query|key|value)/bias$", ("heads",)),
     (r"mixer/.*kernel$", ("embed", "heads")),
+)
+
+# Parameters outside of the layers that lie by their axes; others are on every device.
+ENDS = (
+    *("token_embedding", "position_embedding", "head"),
+    *("patches", "class_token", "registers", "pool"),
 )
 
 RULES = {
@@ -173,7 +183,7 @@ def shardings(tree, mesh: Mesh, rules) -> Any:
         for start, key in enumerate(path):
             inner = path[start:]
             known = key == "layers" and len(inner) > 3
-            known = known or key in ("token_embedding", "position_embedding", "head")
+            known = known or key in ENDS
             if known and leaf.ndim:
                 return NamedSharding(mesh, param_spec(inner, leaf.shape, mesh, rules))
         return NamedSharding(mesh, P())

@@ -51,3 +51,30 @@ def test_dtype_is_kept():
 def test_training_needs_a_key():
     with pytest.raises(ValueError, match=r"needs a prng_key when training; got rate"):
         nn.dropout(X, 0.5, prng_key=None, train=True)
+
+
+# ---- drop-path
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.9])
+def test_whole_rows_are_dropped_and_the_mean_is_kept(rate):
+    x = jnp.ones((4001, 2, 3))
+    y = np.asarray(nn.drop_path(x, rate, prng_key=KEY))
+    assert (y == y[:, :1, :1]).all()
+    dropped = (y[:, 0, 0] == 0).mean()
+    np.testing.assert_allclose(dropped, rate, atol=0.03)
+    np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
+    np.testing.assert_allclose(y.mean(), 1.0, atol=0.15)
+
+
+def test_drop_path_takes_a_traced_rate_and_keeps_the_dtype():
+    drop = jax.jit(lambda x, rate: nn.drop_path(x, rate, prng_key=KEY))
+    x = jnp.ones((64, 3), jnp.bfloat16)
+    y = drop(x, jnp.float32(0.5))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(drop(x, jnp.float32(0.0)), x)
+
+
+def test_drop_path_without_a_key_is_refused():
+    with pytest.raises(ValueError, match="drop_path: needs a prng_key"):
+        nn.drop_path(X, 0.5, prng_key=None)
