@@ -139,6 +139,13 @@ class Mixer(attention.Mixer):
                 "complexformer: every pair of entries is turned; got "
                 f"rope.fraction={self.rope.fraction}. Set it to 1."
             )
+        width = self.shape.head_dim
+        if self.rope is not None and self.rope.rotated_dim(width) != width:
+            raise UserError(
+                "complexformer: every pair of entries is turned, an equal share of "
+                f"them by each axis of grid={dims.grid}; got head_dim={width}. Make it "
+                f"a multiple of {2 * len(dims.grid)}, or use other positions."
+            )
 
     def _make_maps(self, config: attention.Config, after: Heads, rngs) -> None:
         super()._make_maps(config, after, rngs)

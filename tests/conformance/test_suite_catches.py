@@ -112,6 +112,18 @@ BROKEN = {
         "grids",
         "declares no grid ranks",
     ),
+    "reads extra tokens that it does not declare": (
+        "y = self.out(mixed)",
+        "y = self.out(2 * mixed if ctx.extra_tokens else mixed)",
+        "grids",
+        "so ctx.grid and ctx.extra_tokens must change nothing",
+    ),
+    "declares extra tokens without a grid": (
+        "capabilities=Capabilities()",
+        "capabilities=Capabilities(extra_tokens=True)",
+        "well_formed",
+        "extra_tokens goes with grid ranks",
+    ),
     "has no title": (
         'title="Decayed sum"',
         'title=""',

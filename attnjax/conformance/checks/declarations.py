@@ -28,6 +28,10 @@ def well_formed(s: Subject) -> None:
         not can.needs_grid or (bool(can.grid) and s.settings.grid is not None),
         'needs a grid: SPEC.capabilities.grid and CONFORMANCE["grid"] must say which.',
     )
+    expect(
+        bool(can.grid) or not can.extra_tokens,
+        "SPEC.capabilities.extra_tokens goes with grid ranks; got grid=().",
+    )
 
 
 def parameter_count(s: Subject) -> None:
@@ -90,6 +94,10 @@ def undeclared_is_refused(s: Subject) -> None:
             bool(can.grid) and len(can.grid) < 3,
             {"grid": _foreign_grid(can.grid, s.length)},
         ),
+        "ctx.extra_tokens": (
+            bool(can.grid) and not can.extra_tokens,
+            {"grid": _after_one_token(can.grid, s.length), "extra_tokens": 1},
+        ),
         "an unknown hook": (True, {"hooks": (Hook("probe", "no_such_thing"),)}),
     }
     for what, (is_undeclared, changes) in requests.items():
@@ -117,6 +125,11 @@ def _foreign_grid(ranks, length: int) -> tuple[int, ...]:
         if rank not in ranks:
             return (length,) + (1,) * (rank - 1)
     return (length,)
+
+
+def _after_one_token(ranks, length: int) -> tuple[int, ...]:
+    """A grid of a declared rank behind one token."""
+    return (length - 1,) + (1,) * (ranks[0] - 1) if ranks else ()
 
 
 def _expect_refused(s: Subject, what: str, call) -> None:

@@ -187,22 +187,31 @@ def cross(s: Subject) -> None:
 
 
 def grids(s: Subject) -> None:
-    """Every declared grid rank works; a mixer without ranks ignores the grid."""
+    """Every declared grid rank works, behind extra tokens too where they are declared;
+    a mixer without ranks ignores the grid and what stands before it."""
     x, ctx = samples.sample(s)
     can = s.spec.capabilities
     sizes = {1: (s.length,), 2: _factors(s.length), 3: (1, *_factors(s.length))}
     if not can.grid:
         plain = str(jax.make_jaxpr(s.call)(s.arrays, x, ctx))
-        with_grid = ctx.replace(grid=sizes[2])
-        expect(
-            str(jax.make_jaxpr(s.call)(s.arrays, x, with_grid)) == plain,
-            "declares no grid ranks, so ctx.grid must change nothing.",
-        )
+        behind = {"grid": _factors(s.length - 1), "extra_tokens": 1}
+        for changes in ({"grid": sizes[2]}, behind):
+            with_grid = ctx.replace(**changes)
+            expect(
+                str(jax.make_jaxpr(s.call)(s.arrays, x, with_grid)) == plain,
+                "declares no grid ranks, so ctx.grid and ctx.extra_tokens must change "
+                "nothing.",
+            )
         return
     for rank in can.grid:
         grid = s.settings.grid or ()
         grid = grid if len(grid) == rank else sizes[rank]
         expect_finite(s.y(x, ctx.replace(grid=grid)), f"y on the grid {grid}")
+        if can.extra_tokens:
+            rest = {1: (s.length - 1,), 2: _factors(s.length - 1)}
+            grid = rest.get(rank, (1, *_factors(s.length - 1)))
+            behind = ctx.replace(grid=grid, extra_tokens=1)
+            expect_finite(s.y(x, behind), f"y on the grid {grid} behind a token")
 
 
 def _factors(length: int) -> tuple[int, int]:
