@@ -27,6 +27,7 @@ CASES = {
     "learned sink 128": "A(C, weight_map=kernels.Softmax('logit')), 2, 1, 128, 128",
     "sigmoid 128": "A(C, weight_map=kernels.Sigmoid(-6.0)), 2, 1, 128, 128",
     "softplus 128": "A(C, weight_map=kernels.SoftplusL1()), 2, 1, 128, 128",
+    "blocks by head 128": "A(C & kernels.BlockMask(64, 64)), 2, 1, 128, 128",
     "distances 128": "A(C, score=kernels.RelativeBias(127)), 2, 1, 128, 128",
     "gated 128": "A(C, epilogue=kernels.OutputGate()), 2, 1, 128, 128",
     "normed, scaled, gated 256": (
@@ -72,8 +73,8 @@ for name, case in json.loads(sys.argv[1]).items():
     shapes = ((t, h, d), (s, kv, d), (s, kv, e))
     qkv = [given((b, *shape), half) for shape in shapes]
     sizes = {"b": b, "h": h, "t": t, "s": s, "e": e}
-    dtypes = {"int": jnp.int32}
-    sizes["r"] = 255
+    dtypes = {"int": jnp.int32, "bool": jnp.bool_}
+    sizes |= {"r": 255, "m": 8, "n": 8}
     operands = {
         x.name: given(
             tuple(sizes[a] for a in x.shape or x.axes),
@@ -83,7 +84,7 @@ for name, case in json.loads(sys.argv[1]).items():
     }
     if t != s:
         operands["q_offset"] = given((b,), jnp.int32)
-    ids = {n: x for n, x in operands.items() if x.dtype == jnp.int32}
+    ids = {n: x for n, x in operands.items() if x.dtype in (jnp.int32, jnp.bool_)}
     trained = {n: x for n, x in operands.items() if n not in ids}
 
     def total(qkv, trained, ids):

@@ -57,13 +57,12 @@ CASES = {
     ),
     "block mask, biases, soft cap, sigmoid": case(
         kernels.AttentionSpec(
-            mask=kernels.BlockMask(64, 128) | kernels.SlidingWindow(7),
+            mask=kernels.BlockMask(64, 64) | kernels.SlidingWindow(7),
             score=(kernels.SoftCap(3.0), kernels.Bias(), kernels.RelativeBias(37)),
             weight_map=kernels.Sigmoid(-2.0),
             epilogue=(kernels.OutputGate("head", "none"), kernels.HeadScale()),
         ),
         t=200,
-        kv=2,
     ),
     "window after an offset, columns, distances, softplus": case(
         kernels.AttentionSpec(
@@ -98,7 +97,11 @@ def inputs(spec, dtype, sizes):
         "bias": normal(1, h, t, s),
         "weight": normal(b, h, s),
         "block_mask": jnp.asarray(
-            [[[1, 0], [0, 0], [0, 1], [1, 1]], [[0, 0], [0, 1], [1, 1], [0, 1]]], bool
+            [
+                [[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 1]],
+                [[0, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]],
+            ],
+            bool,
         )[None],
         "alibi_slopes": 0.1 * normal(h),
         "relative_bias": normal(h, 75) if t == s else normal(1, 23),

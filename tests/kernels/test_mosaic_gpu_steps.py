@@ -10,7 +10,7 @@ from attnjax.kernels.mosaic_gpu import hooks, steps
 from attnjax.kernels.mosaic_gpu.steps import Grid
 
 H200 = kernels.Target("gpu", "NVIDIA H200")
-B, T = 2, 300
+B, T, H = 2, 300, 2
 
 
 def every_third(b, h, q, k):
@@ -52,6 +52,17 @@ MASKS = {
         },
         "table",
     ),
+    "blocks and a window": (
+        kernels.BlockMask(192, 128) & kernels.SlidingWindow(100)
+        | kernels.BlockMask(192, 128) & kernels.MaskFn(every_third),
+        {
+            "block_mask": jnp.asarray(
+                [[[[1, 0], [0, 1]], [[0, 1], [0, 0]]], [[[1, 1], [1, 0]]] * 2], bool
+            ),
+            "kv_mask": packed() > 0,
+        },
+        "table",
+    ),
     "offset": (
         kernels.Causal(),
         {"q_positions": jnp.arange(T, dtype=jnp.int32)[None] - 130},
@@ -61,7 +72,7 @@ MASKS = {
 
 
 def request_of(mask, operands, *, t=T, s=T):
-    shape = jnp.zeros((B, t, 1, 64), jnp.bfloat16)
+    shape = jnp.zeros((B, t, H, 64), jnp.bfloat16)
     keys = jnp.zeros((B, s, 1, 64), jnp.bfloat16)
     spec = kernels.AttentionSpec(mask=mask)
     return kernels.make_request(shape, keys, keys, spec, operands, H200)
@@ -70,24 +81,23 @@ def request_of(mask, operands, *, t=T, s=T):
 def dense(request, operands):
     tile = tiles.make_tile(request, operands, (0, request.q_len, 0, request.kv_len))
     mask = tiles.visible(request.spec, tile)
-    shape = (B, 1, request.q_len, request.kv_len)
-    return np.broadcast_to(np.asarray(True if mask is None else mask), shape)[:, 0]
+    shape = (B, H, request.q_len, request.kv_len)
+    return np.broadcast_to(np.asarray(True if mask is None else mask), shape)
 
 
 def visits(grid, operands):
-    """{(b, i, j): whether it is visited without a mask}; a tile twice fails."""
+    """{(b, h, i, j): whether it is visited without a mask}; a tile twice fails."""
     found, arrays = steps.make_steps(grid, hooks.pad_operands(grid, operands))
     refs = [np.asarray(x) for x in arrays]
     index = int if refs else jnp.int32
     seen = {}
-    for b in range(B):
-        for owner in range(grid.owners):
-            full, count = map(int, found.bounds(refs, b, index(owner)))
-            for n in range(count):
-                j = int(found.block(refs, b, index(owner), index(n)))
-                place = (b, j, owner) if grid.transposed else (b, owner, j)
-                assert place not in seen
-                seen[place] = n < full
+    for b, h, owner in np.ndindex(B, H, grid.owners):
+        full, count = map(int, found.bounds(refs, b, h, index(owner)))
+        for n in range(count):
+            j = int(found.block(refs, b, h, index(owner), index(n)))
+            place = (b, h, j, owner) if grid.transposed else (b, h, owner, j)
+            assert place not in seen
+            seen[place] = n < full
     return seen
 
 
@@ -100,28 +110,31 @@ def test_every_visible_pair_is_visited_and_full_tiles_hide_nothing(name, transpo
     grid = Grid(request, *blocks, transposed=transposed)
     assert grid.form == form
     wanted, seen = dense(request, operands), visits(grid, operands)
-    for b in range(B):
-        for i in range(grid.num_q):
-            for j in range(grid.num_k):
-                rows = slice(i * grid.block_q, (i + 1) * grid.block_q)
-                columns = slice(j * grid.block_k, (j + 1) * grid.block_k)
-                tile = wanted[b, rows, columns]
-                if tile.any():
-                    assert (b, i, j) in seen
-                    cut = (j + 1) * grid.block_k > T and form == "table"
-                    assert not (seen[b, i, j] and cut)
-                if seen.get((b, i, j)):
-                    assert tile.all()
+    for place in np.ndindex(B, H, grid.num_q, grid.num_k):
+        tile = tile_of(grid, wanted, *place)
+        if tile.any():
+            assert place in seen
+            cut = (place[3] + 1) * grid.block_k > T and form == "table"
+            assert not (seen[place] and cut)
+        if seen.get(place):
+            assert tile.all()
 
 
-@pytest.mark.parametrize("name", ["packed", "window", "function"])
-def test_tables_skip_every_empty_tile_of_each_batch_row(name):
+def tile_of(grid, wanted, b, h, i, j):
+    rows = slice(i * grid.block_q, (i + 1) * grid.block_q)
+    return wanted[b, h, rows, j * grid.block_k : (j + 1) * grid.block_k]
+
+
+@pytest.mark.parametrize(
+    "name", ["packed", "window", "function", "block mask", "blocks and a window"]
+)
+def test_tables_skip_every_empty_tile_of_each_row_and_head(name):
     mask, operands, _ = MASKS[name]
     request = request_of(mask, operands)
     grid = Grid(request, 128, 64)
     wanted = dense(request, operands)
-    for b, i, j in visits(grid, operands):
-        assert wanted[b, i * 128 : (i + 1) * 128, j * 64 : (j + 1) * 64].any()
+    for place in visits(grid, operands):
+        assert tile_of(grid, wanted, *place).any()
 
 
 def test_plain_full_and_causal_attention_need_no_table():

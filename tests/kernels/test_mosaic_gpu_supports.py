@@ -114,8 +114,8 @@ REFUSED = {
         {},
     ),
     "small blocks": (
-        "64 queries and 128 keys or multiples, not 64 and 64",
-        AttentionSpec(kernels.BlockLists(64, 64, ((0,), (0, 1), (0,), (2,)))),
+        "64 queries and keys or multiples, not 64 and 32",
+        AttentionSpec(kernels.BlockLists(64, 32, ((0,), (0, 1), (0,), (2,)))),
         {},
     ),
     "blocks at an offset": (
@@ -183,6 +183,10 @@ LOWERED = {
     "block lists": (
         AttentionSpec(CAUSAL | kernels.BlockLists(64, 128, ((0,), (1,), (), (0,)))),
         {},
+    ),
+    "block mask by head": (
+        AttentionSpec(CAUSAL & kernels.BlockMask(64, 64)),
+        {"block_mask": jax.ShapeDtypeStruct((2, 4, 4, 4), jnp.bool_)},
     ),
     "neighbourhood": (
         AttentionSpec(
@@ -350,6 +354,16 @@ def test_tiles_fit_into_shared_memory(d, e):
 
 
 def test_wrong_tiles_are_refused():
+    spec = AttentionSpec(kernels.BlockMask(64, 64))
+    marks = jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.bool_)
+    request, qkv, operands = request_of(spec, block_mask=marks)
+
+    def run(qkv, operands):
+        sizes = (tiles.Tiles(128), tiles.Tiles(64))
+        return mosaic_gpu.run(request, *qkv, operands, tiles=sizes)
+
+    with pytest.raises(ValueError, match=r"step must be 64 for blocks .* got 128"):
+        jax.eval_shape(run, qkv, operands)
     with pytest.raises(ValueError, match=r"step must be one of \(64, 128\); got 96"):
         tiles.Tiles(step=96)
     with pytest.raises(ValueError, match=r"stages must be at least 1; got stages=0"):

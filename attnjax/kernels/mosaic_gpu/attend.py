@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from attnjax.kernels import epilogue, fold, tile_math, tiles
 from attnjax.kernels.mosaic_gpu import (
     backward,
+    by_blocks,
     decode,
     distances,
     finish,
@@ -22,6 +23,7 @@ from attnjax.kernels.mosaic_gpu import (
 from attnjax.kernels.mosaic_gpu.block import Plan
 from attnjax.kernels.mosaic_gpu.tiles import (
     BLOCK,
+    ROWS,
     Tiles,
     backward_tiles,
     diagonal_tiles,
@@ -58,10 +60,17 @@ class Call:
     def plan(self, kernel: str, operands: Arrays):
         """Plan of "forward", "dq", "dkv", "dk" or "dv", with the arrays that its steps
         and hooks take, those of a forward kernel's epilogue included."""
+        narrow = by_blocks.narrow(self.request.spec.mask)
         if kernel == "forward":
-            sizes = self.forward_tiles or forward_tiles(*self.dims)
+            chosen = forward_tiles(*self.dims, narrow=narrow)
+            sizes = self.forward_tiles or chosen
         else:
             sizes = self.backward_tiles or backward_tiles(*self.dims)
+        if narrow and sizes.step != ROWS:
+            raise ValueError(
+                f"Tiles: step must be {ROWS} for blocks that are not multiples of "
+                f"{BLOCK} keys; got {sizes.step}."
+            )
         if kernel in ("forward", "dq"):
             grid = steps.Grid(self.request, BLOCK, sizes.step)
         else:
@@ -274,6 +283,6 @@ def _written(grid: steps.Grid, operands: Arrays, x: jax.Array) -> jax.Array:
     """[B, H, T, S] with zeros in the tiles that no step visited, padding cut off."""
     read = tiles.of_tiles(grid.request.spec, operands)
     cover = steps.coverage(grid, hooks.pad_operands(grid, read)) > 0
-    seen = jnp.repeat(jnp.repeat(cover, grid.block_q, 1), grid.block_k, 2)
-    x = jnp.where(seen[:, None], x, 0.0)
+    seen = jnp.repeat(jnp.repeat(cover, grid.block_q, 2), grid.block_k, 3)
+    x = jnp.where(seen, x, 0.0)
     return x[:, :, : grid.request.q_len, : grid.request.kv_len]

@@ -93,7 +93,8 @@ class GradientBlock(Block):
         spec = self.request.spec
         raw, tile, mask = self.rows.raw(products), None, None
         if masked or spec.score:
-            place = (own_first, self.first_row, n, masked)
+            first_of = functools.partial(self.first_row, head=hooks.head[1])
+            place = (own_first, first_of, n, masked)
             tile, mask = hooks.place(numbers, raw.shape, *place)
         s, pull = hooks.score_pull(raw, tile)
         s = hooks.hide(s, mask)
@@ -262,8 +263,11 @@ class _KeyBlock(GradientBlock):
         names = ("q", "d_out", *row_names(self.inputs))
         return {name: (self.inputs[name], name in vectors) for name in names}
 
-    def streamed_head(self, turn):
+    def query_head(self, turn):
         return self.head * self.group + turn
+
+    def streamed_head(self, turn):
+        return self.query_head(turn)
 
     def compute(self):
         """A compute warpgroup: 64 keys over all queries that may see them."""
@@ -277,15 +281,24 @@ class _KeyBlock(GradientBlock):
         start = tuple(self.machine.full((ROWS, widths[n]), 0.0) for n in self.wanted)
 
         def one_head(turn, carry):
-            head = self.streamed_head(turn)
-            hooks = self.hooks(head)
-            step = functools.partial(self._step, hooks, hooks.numbers(), own, turn)
+            head = self.query_head(turn)
+            hooks, bounds = self.hooks(head), None
+            if self.shared_steps:
+                before = turn * self.num_steps
+            else:
+                before, carry = carry
+                bounds = self.bounds(head)
+            step = functools.partial(self._step, hooks, hooks.numbers(), own, before)
             totals = tuple(self.machine.full((ROWS,), 0.0) for _ in self.sums)
-            carry, totals = self.over_steps(step, (carry, totals))
+            carry, totals = self.over_steps(step, (carry, totals), bounds)
             self._store_sums(totals, head, span)
-            return carry
+            return carry if bounds is None else (before + bounds[1], carry)
 
-        carry = jax.lax.fori_loop(0, self.group, one_head, start)
+        if self.shared_steps:
+            carry = jax.lax.fori_loop(0, self.group, one_head, start)
+        else:
+            start = (jnp.int32(0), start)
+            _, carry = jax.lax.fori_loop(0, self.group, one_head, start)
         scales = {"dk": self.request.scale, "dv": 1.0}
         for name, x in zip(self.wanted, carry, strict=True):
             tile = own[name[1:]]
@@ -308,11 +321,11 @@ class _KeyBlock(GradientBlock):
             plgpu.copy_smem_to_gmem(x[f"{name}_rows"].at[wg], target)
         plgpu.wait_smem_to_gmem(0)
 
-    def _step(self, hooks, numbers, own, turn, n, carry, *, masked):
+    def _step(self, hooks, numbers, own, before, n, carry, *, masked):
         """One tile of queries: transposed scores, weights, and both cotangents."""
         carry, totals = carry
         found = dict(zip(self.wanted, carry, strict=True))
-        slot, dtype = self.slot(turn * self.num_steps + n), self.inputs["k"].dtype
+        slot, dtype = self.slot(before + n), self.inputs["k"].dtype
         q_tile = self.wait("q", slot)
         products = self.machine.product(own["k"], q_tile)
         rows = {}

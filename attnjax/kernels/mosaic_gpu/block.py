@@ -91,10 +91,17 @@ class Block:
         self.head = jax.lax.axis_index("heads")
         self.batch = jax.lax.axis_index("batch")
         self.owner = self.owner_index()
-        bounds = plan.steps.bounds(self.step_refs, self.batch, self.owner)
+        # Lists of tiles that differ by head belong to turns of the block.
+        self.shared_steps = self.heads_per_block == 1 or not plan.steps.per_head
+        if self.shared_steps:
+            self.num_full, self.num_steps = self.bounds(self.head)
+
+    def bounds(self, head):
+        """(tiles that need no mask, all tiles) of a query head."""
+        refs = (self.step_refs, self.batch, head, self.owner)
         # What is read from memory has the mesh axes of its array; loops need the type
         # that arithmetic gives, which has none inside a kernel.
-        self.num_full, self.num_steps = (x + jnp.int32(0) for x in bounds)
+        return tuple(x + jnp.int32(0) for x in self.plan.steps.bounds(*refs))
 
     def owner_index(self):
         """Which owner this block is."""
@@ -124,9 +131,10 @@ class Block:
         """Place of the n-th copy in the ring."""
         return jax.lax.rem(n, jnp.int32(self.plan.tiles.stages))
 
-    def first_row(self, n):
-        """First streamed row of step n."""
-        refs = (self.step_refs, self.batch, self.owner)
+    def first_row(self, n, head=None):
+        """First streamed row of step n; of a query head, where a block has several."""
+        head = self.head if head is None else head
+        refs = (self.step_refs, self.batch, head, self.owner)
         return self.plan.steps.block(*refs, n) * self.plan.tiles.step
 
     def own_first(self):
@@ -140,6 +148,11 @@ class Block:
         plan = self.plan
         return Hooks(plan.grid, plan.held, self.operand_refs, self.machine, where)
 
+    def query_head(self, turn):
+        """Query head of the block's given turn."""
+        del turn
+        return self.head
+
     def streamed_head(self, turn):
         """Head of the streamed arrays during the block's given turn."""
         raise NotImplementedError
@@ -148,15 +161,18 @@ class Block:
         """The memory warpgroup: fill the ring, then see it emptied."""
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         stages, x = self.plan.tiles.stages, self.scratch
-        total = self.num_steps * self.heads_per_block
 
-        def fill(n, _):
-            slot, turn, step = self.slot(n), jnp.int32(0), n
+        def fill_next(n, _):
+            turn, step = jnp.int32(0), n
             if self.heads_per_block > 1:
                 turn = jax.lax.div(n, self.num_steps)
                 step = n - turn * self.num_steps
-            head = self.streamed_head(turn)
-            span = pl.ds(self.first_row(step), self.plan.tiles.step)
+            fill(n, turn, step)
+
+        def fill(n, turn, step):
+            slot, head = self.slot(n), self.streamed_head(turn)
+            first = self.first_row(step, self.query_head(turn))
+            span = pl.ds(first, self.plan.tiles.step)
             for name, (source, is_vector) in self.streams.items():
                 freed, ready = x[f"{name}_freed"].at[slot], x[f"{name}_ready"].at[slot]
                 pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, freed))
@@ -170,7 +186,19 @@ class Block:
             for name in self.streams:
                 plgpu.barrier_wait(x[f"{name}_freed"].at[self.slot(n)])
 
-        jax.lax.fori_loop(0, total, fill, None)
+        def fill_turn(turn, before):
+            _, count = self.bounds(self.query_head(turn))
+            jax.lax.fori_loop(
+                0, count, lambda step, _: fill(before + step, turn, step), None
+            )
+            return before + count
+
+        if self.shared_steps:
+            total = self.num_steps * self.heads_per_block
+            jax.lax.fori_loop(0, total, fill_next, None)
+        else:
+            turns = self.heads_per_block
+            total = jax.lax.fori_loop(0, turns, fill_turn, jnp.int32(0))
         jax.lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
     def wait(self, name: str, slot):
@@ -187,11 +215,12 @@ class Block:
         plgpu.copy_gmem_to_smem(source.at[index], tile, ready)
         plgpu.barrier_wait(ready)
 
-    def over_steps(self, step, carry):
+    def over_steps(self, step, carry, bounds=None):
         """Run `step(n, carry, masked=...)` over full tiles, then over the others."""
+        num_full, num_steps = bounds or (self.num_full, self.num_steps)
         full = functools.partial(step, masked=False)
-        carry = jax.lax.fori_loop(0, self.num_full, full, carry)
+        carry = jax.lax.fori_loop(0, num_full, full, carry)
         if self.plan.grid.form == "full":
             return carry
         part = functools.partial(step, masked=True)
-        return jax.lax.fori_loop(self.num_full, self.num_steps, part, carry)
+        return jax.lax.fori_loop(num_full, num_steps, part, carry)

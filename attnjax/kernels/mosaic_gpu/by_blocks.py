@@ -30,12 +30,18 @@ def refusal(request: Request) -> str | None:
             continue
         if not request.static_positions:
             return f"finds the blocks of {type(mask).__name__} without positions alone"
-        if mask.block_q % ROWS or mask.block_k % BLOCK:
+        if mask.block_q % ROWS or mask.block_k % ROWS:
             return (
-                f"needs blocks of whole tiles, {ROWS} queries and {BLOCK} keys or "
-                f"multiples, not {mask.block_q} and {mask.block_k}"
+                f"needs blocks of whole tiles, {ROWS} queries and keys or multiples, "
+                f"not {mask.block_q} and {mask.block_k}"
             )
     return None
+
+
+def narrow(mask: Mask) -> bool:
+    """Whether a tile of keys has to be one of `ROWS`, to lie in a block."""
+    blocks = [x for x in nodes(mask) if isinstance(x, BlockLists | BlockMask)]
+    return any(x.block_k % BLOCK for x in blocks)
 
 
 def block_lists(mask: Mask) -> dict[str, BlockLists]:

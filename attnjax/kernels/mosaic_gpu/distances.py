@@ -120,7 +120,7 @@ def near_tiles(grid: Grid, step: RelativeBias, cover, operands: Arrays):
     """Which tiles the table's kernel adds up, by diagonals of tiles.
 
     Args:
-        cover: [B|1, num_q, num_k], 0 for tiles that are skipped.
+        cover: [B|1, H|1, num_q, num_k], 0 for tiles that are skipped.
 
     Returns:
         (first diagonal, int32 [G, N, n] places, int32 [G, N] how many): diagonal d is
@@ -136,7 +136,7 @@ def near_tiles(grid: Grid, step: RelativeBias, cover, operands: Arrays):
         diagonals = diagonals[~(apart[0] | apart[1])]
     j = per * i + diagonals[:, None]
     inside_grid = (j >= 0) & (j < grid.num_k)
-    seen = cover[:, i, np.clip(j, 0, grid.num_k - 1)] > 0
+    seen = (cover > 0).any(1)[:, i, np.clip(j, 0, grid.num_k - 1)]
     seen = seen & inside_grid
     if moved:
         base = first_position(operands)[:, None, None]

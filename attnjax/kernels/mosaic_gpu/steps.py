@@ -1,7 +1,8 @@
 """Which tiles a block of rows visits: full ones first, then those that need the mask.
 
 Plain causal and full attention know it in closed form; everything else reads a table
-made before the kernel, one for each row of the batch where the mask's arrays differ.
+made before the kernel, one for each row of the batch and each head where the mask's
+arrays differ.
 """
 
 import dataclasses
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.kernels import tiles
-from attnjax.kernels.masks import Causal, Coverage, Full, Span
+from attnjax.kernels.block_masks import BlockMask
+from attnjax.kernels.masks import And, Causal, Coverage, Full, Mask, Or, Span
+from attnjax.kernels.mosaic_gpu.by_blocks import nodes
 from attnjax.kernels.mosaic_gpu.tiles import BLOCK
 from attnjax.kernels.request import Request
 
@@ -94,13 +97,15 @@ class Steps:
 
     Attributes:
         grid: the cut.
-        per_batch: whether the table differs between rows of the batch.
+        per_batch, per_head: whether the table differs between rows of the batch and
+            between query heads.
     """
 
     grid: Grid
     per_batch: bool = False
+    per_head: bool = False
 
-    def bounds(self, refs, b, i):
+    def bounds(self, refs, b, h, i):
         """(tiles that need no mask, all tiles) of owner i: int32 scalars."""
         grid = self.grid
         if grid.form == "full":
@@ -108,16 +113,19 @@ class Steps:
         if grid.form == "causal":
             return _causal_bounds(grid, i)
         counts = refs[1]
-        b = b if self.per_batch else 0
-        return counts[b, i, 0], counts[b, i, 1]
+        b, h = self._row(b, h)
+        return counts[b, h, i, 0], counts[b, h, i, 1]
 
-    def block(self, refs, b, i, n):
+    def block(self, refs, b, h, i, n):
         """Index of owner i's n-th tile."""
         if self.grid.form == "full":
             return n
         if self.grid.form == "causal":
             return jnp.int32(self.grid.num_q - 1) - n if self.grid.transposed else n
-        return refs[0][b if self.per_batch else 0, i, n]
+        return refs[0][(*self._row(b, h), i, n)]
+
+    def _row(self, b, h):
+        return b if self.per_batch else 0, h if self.per_head else 0
 
 
 def _causal_bounds(grid: Grid, i):
@@ -144,21 +152,70 @@ def make_steps(grid: Grid, operands: Arrays) -> tuple[Steps, tuple]:
         return Steps(grid), ()
     cover = coverage(grid, operands)
     if grid.transposed:
-        cover = cover.swapaxes(1, 2)
+        cover = cover.swapaxes(2, 3)
     xp = np if isinstance(cover, np.ndarray) else jnp
-    order = xp.argsort(-cover, axis=2, stable=True).astype(np.int32)
-    counts = xp.stack([(cover == 2).sum(2), (cover > 0).sum(2)], 2).astype(np.int32)
-    return Steps(grid, cover.shape[0] > 1), (jnp.asarray(order), jnp.asarray(counts))
+    order = xp.argsort(-cover, axis=3, stable=True).astype(np.int32)
+    counts = xp.stack([(cover == 2).sum(3), (cover > 0).sum(3)], 3).astype(np.int32)
+    found = Steps(grid, *(n > 1 for n in cover.shape[:2]))
+    return found, (jnp.asarray(order), jnp.asarray(counts))
 
 
 def coverage(grid: Grid, operands: Arrays):
-    """int8 [1 or B, num_q, num_k]: `Coverage` of every tile; numpy if it is known."""
+    """int8 [1 or B, 1 or H, num_q, num_k]: `Coverage` of every tile; numpy if it is
+    known."""
     request = grid.request
-    known = request.static_positions or not request.spec.mask.positional
-    static = _static_coverage(grid, known)
-    if known and request.spec.mask.complete and "kv_mask" not in operands:
+    mask = request.spec.mask
+    known = request.static_positions or not mask.positional
+    static = _static_coverage(grid, known)[:, None]
+    if known and mask.complete and "kv_mask" not in operands:
         return static
-    return jnp.minimum(_device_coverage(grid, operands), static)
+    if not any(isinstance(node, BlockMask) for node in nodes(mask)):
+        return jnp.minimum(_device_coverage(grid, operands), static)
+    cover = _by_parts(grid, mask, operands)
+    if "kv_mask" in operands:
+        plain = _with_mask(grid, Full())
+        cover = jnp.minimum(cover, _device_coverage(plain, operands))
+    return jnp.minimum(cover, static)
+
+
+def _with_mask(grid: Grid, mask: Mask) -> Grid:
+    spec = dataclasses.replace(grid.request.spec, mask=mask)
+    return dataclasses.replace(
+        grid, request=dataclasses.replace(grid.request, spec=spec)
+    )
+
+
+def _by_parts(grid: Grid, mask: Mask, operands: Arrays):
+    """Coverage of a mask with blocks of an array in it, without a look at its places:
+    of tiles that both sides of `&` leave partial it is an upper bound."""
+    if isinstance(mask, And | Or):
+        sides = (_by_parts(grid, x, operands) for x in (mask.first, mask.second))
+        return (jnp.minimum if isinstance(mask, And) else jnp.maximum)(*sides)
+    if isinstance(mask, BlockMask):
+        return _block_coverage(grid, mask, operands[mask.operands[0].name])
+    alone = _with_mask(grid, mask)
+    if mask.complete and (grid.request.static_positions or not mask.positional):
+        return _static_coverage(alone, True)[:, None]
+    read = {name: x for name, x in operands.items() if name != "kv_mask"}
+    return _device_coverage(alone, read)
+
+
+def _block_coverage(grid: Grid, mask: BlockMask, table: jax.Array) -> jax.Array:
+    """From the marks [b, h, NQ, NK] of the blocks that a tile touches."""
+    seen = full = jnp.pad(table, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    sides = (
+        (2, grid.num_q, grid.block_q, grid.request.q_len, mask.block_q),
+        (3, grid.num_k, grid.block_k, grid.request.kv_len, mask.block_k),
+    )
+    for axis, count, tile, length, block in sides:
+        first = np.arange(count) * tile
+        last = np.maximum(np.minimum(first + tile, length) - 1, first) // block
+        most = (tile - 1) // block + 2
+        touched = np.minimum(first[:, None] // block + np.arange(most), last[:, None])
+        touched = np.minimum(touched, table.shape[axis])
+        seen = jnp.take(seen, touched, axis=axis).any(axis + 1)
+        full = jnp.take(full, touched, axis=axis).all(axis + 1)
+    return seen.astype(jnp.int8) + full.astype(jnp.int8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -192,8 +249,10 @@ def _span(grid: Grid, i: int, j: int) -> Span:
 
 
 def _device_coverage(grid: Grid, operands: Arrays) -> jax.Array:
-    """Evaluate the mask, one row of tiles at a time; heads are joined."""
+    """Evaluate the mask, one row of tiles at a time."""
     request = grid.request
+    known = tiles.declarations(request.spec)
+    operands = {name: x for name, x in operands.items() if name in known}
 
     def row(i):
         place = (i * grid.block_q, grid.block_q, 0, grid.kv_len)
@@ -208,9 +267,9 @@ def _device_coverage(grid: Grid, operands: Arrays) -> jax.Array:
             (i * grid.block_q + jnp.arange(grid.block_q) < request.q_len)[:, None]
         ) & (jnp.arange(grid.kv_len) < request.kv_len)
         cut = (-1, shape[1], grid.block_q, grid.num_k, grid.block_k)
-        seen = (mask & inside).reshape(cut).any((1, 2, 4))
-        full = (mask | ~inside).reshape(cut).all((1, 2, 4))
+        seen = (mask & inside).reshape(cut).any((2, 4))
+        full = (mask | ~inside).reshape(cut).all((2, 4))
         return seen.astype(jnp.int8) + (seen & full).astype(jnp.int8)
 
     rows = jax.lax.map(row, jnp.arange(grid.num_q, dtype=jnp.int32))
-    return jnp.swapaxes(rows, 0, 1)
+    return jnp.moveaxis(rows, 0, 2)

@@ -28,12 +28,16 @@ Arrays = Mapping[str, jax.Array]
 class NearSteps:
     """The tiles of a diagonal: `distances.near_tiles` as steps."""
 
-    def bounds(self, refs, b, i):
+    per_head = False
+
+    def bounds(self, refs, b, h, i):
         """(0, how many): all of them evaluate the mask."""
+        del h
         return jnp.int32(0), refs[1][b, i]
 
-    def block(self, refs, b, i, n):
+    def block(self, refs, b, h, i, n):
         """The n-th place."""
+        del h
         return refs[0][b, i, n]
 
 
@@ -95,7 +99,7 @@ class _DiagonalBlock(GradientBlock):
     def place(self, n):
         """(row of the batch, block of queries, tile of keys) of step n."""
         grid = self.plan.grid
-        refs = (self.step_refs, self.batch, self.owner)
+        refs = (self.step_refs, self.batch, self.head, self.owner)
         flat = self.plan.steps.block(*refs, n)
         b, i = (
             jax.lax.div(flat, jnp.int32(grid.num_q)),
@@ -105,8 +109,9 @@ class _DiagonalBlock(GradientBlock):
             b = self.batch
         return b, i, i * (BLOCK // grid.block_k) + self.first + self.owner
 
-    def first_row(self, n):
+    def first_row(self, n, head=None):
         """First key of step n."""
+        del head
         return self.place(n)[2] * self.plan.tiles.step
 
     def _copy(self):

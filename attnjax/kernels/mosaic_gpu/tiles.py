@@ -69,13 +69,14 @@ def _fitting(bytes_of, head_dim: int, value_dim: int, steps: tuple[int, ...]) ->
     return Tiles(step=steps[-1], stages=1)
 
 
-def forward_tiles(head_dim: int, value_dim: int) -> Tiles:
-    """The widest step that a warpgroup's registers and the shared memory hold.
+def forward_tiles(head_dim: int, value_dim: int, *, narrow: bool = False) -> Tiles:
+    """The widest step that a warpgroup's registers and the shared memory hold; with
+    `narrow` the least.
 
     A thread holds value_dim / 2 numbers of the output, step / 2 of the scores and
     step / 4 registers of rounded weights; 128 steps beside 256 values spill.
     """
-    steps = (64,) if value_dim > 192 else (128, 64)
+    steps = (64,) if value_dim > 192 or narrow else (128, 64)
     return _fitting(forward_bytes, head_dim, value_dim, steps)
 
 
