@@ -76,13 +76,19 @@ def linear_attention(
     """
     operands = {name: jnp.asarray(x) for name, x in (operands or {}).items()}
     request = make_request(q, k, v, spec, operands, target or default_target())
+    module = settle(request, implementation)
+    out, state = module.run(request, prepare(request, q, k, v, operands))
+    out = finish(request, out, operands)
+    return (out, state) if spec.return_state else out
+
+
+def settle(request: LinearRequest, implementation: str) -> ModuleType:
+    """The implementation that a call runs, told to whoever is `watching`."""
     module = choose(request, implementation)
     watch = choices.current()
     if watch is not None:
         module = watch.settle(request, module, _candidates(request))
-    out, state = module.run(request, prepare(request, q, k, v, operands))
-    out = finish(request, out, operands)
-    return (out, state) if spec.return_state else out
+    return module
 
 
 def linear_attention_step(

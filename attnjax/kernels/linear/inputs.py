@@ -86,10 +86,22 @@ def _resets(ids: jax.Array, first: jax.Array | None) -> jax.Array:
     Padding (id 0) belongs to what is before it. `first` is the document of the
     initial state; None or 0 let the first document go on from it.
     """
-    places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    last = jax.lax.cummax(jnp.where(ids != 0, places, -1), axis=1)
+    last = _last_places(ids)
     before = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     earlier = jnp.take_along_axis(ids, jnp.maximum(before, 0), axis=1)
     start = jnp.zeros_like(ids[:, 0]) if first is None else first.astype(ids.dtype)
     earlier = jnp.where(before < 0, start[:, None], earlier)
     return (ids != 0) & (earlier != 0) & (ids != earlier)
+
+
+def _last_places(ids: jax.Array) -> jax.Array:
+    """int32 [B, T], the last token up to each that is no padding, -1 for none."""
+    places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    return jax.lax.cummax(jnp.where(ids != 0, places, -1), axis=1)
+
+
+def last_document(ids: jax.Array) -> jax.Array:
+    """int [B], the last id that is not 0; 0 if there is none."""
+    last = _last_places(ids)[:, -1:]
+    found = jnp.take_along_axis(ids, jnp.maximum(last, 0), axis=1)
+    return jnp.where(last < 0, 0, found)[:, 0]

@@ -1,7 +1,7 @@
 """The recurrence on arrays cut over a mesh: one `shard_map`, its cuts declared.
 
 Rows and key/value heads have states of their own, so each device computes its own
-without a message. Tokens are not shared out: a state goes from one to the next.
+without a message. Where tokens are shared out, states are exchanged (tokens.py).
 """
 
 import functools
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnjax.kernels.linear.dispatch import PLAIN, linear_attention
 from attnjax.kernels.linear.spec import LinearSpec
+from attnjax.kernels.linear.tokens import linear_attention_of_tokens
 from attnjax.kernels.sharded import DEFAULT, Cuts
 from attnjax.kernels.target import Target
 
@@ -44,28 +45,22 @@ def sharded_linear_attention(
     Args:
         q, k, v, spec, operands, implementation, target: as there.
         mesh: the devices.
-        cuts: which mesh axes share rows and heads.
+        cuts: which mesh axes share rows, heads and tokens, which lie in order.
 
     Raises:
-        NotImplementedError: when an axis of the mesh shares tokens.
         ValueError: sizes that the mesh cannot share out.
     """
     cuts = cuts.on(mesh)
-    if cuts.sequence is not None:
-        raise NotImplementedError(
-            "sharded_linear_attention: the state goes from token to token, so tokens "
-            f"are not shared out; got cuts.sequence={cuts.sequence!r}. Use "
-            "sequence=None."
-        )
     given = {name: jnp.asarray(x) for name, x in (operands or {}).items()}
     _check_sizes(cuts, mesh, q.shape, k.shape)
     letters = LETTERS | {"log_decay": LETTERS_OF_DECAY.get(spec.decay, "")}
     specs = {n: cuts.spec(letters.get(n, ""), x.shape) for n, x in given.items()}
-    heads = P(cuts.batch or None, None, cuts.heads)
+    heads = P(cuts.batch or None, cuts.sequence, cuts.heads)
     state = P(cuts.batch or None, cuts.heads)
-    run = functools.partial(
-        linear_attention, implementation=implementation, target=target
-    )
+    form = linear_attention
+    if cuts.sequence is not None:
+        form = functools.partial(linear_attention_of_tokens, axis_name=cuts.sequence)
+    run = functools.partial(form, implementation=implementation, target=target)
     body = jax.shard_map(
         lambda q, k, v, operands: run(q, k, v, spec, operands),
         mesh=mesh,
@@ -79,8 +74,9 @@ def _check_sizes(cuts: Cuts, mesh: Mesh, q_shape, k_shape) -> None:
     sizes, batch = dict(mesh.shape), 1
     for name in cuts.batch:
         batch *= sizes[name]
-    heads = sizes.get(cuts.heads, 1)
-    pairs = (("B", q_shape[0], batch), ("H", q_shape[2], heads))
+    heads, tokens = sizes.get(cuts.heads, 1), sizes.get(cuts.sequence, 1)
+    pairs = (("B", q_shape[0], batch), ("T", q_shape[1], tokens))
+    pairs += (("H", q_shape[2], heads),)
     for name, size, parts in (*pairs, ("K", k_shape[2], heads)):
         if size % parts:
             raise ValueError(
