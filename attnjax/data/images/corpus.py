@@ -11,6 +11,8 @@ from attnjax.data.corpus import Memory
 from attnjax.data.images.config import ImageConfig
 from attnjax.data.images.geometry import fit
 
+MOST_KEPT = 1 << 28  # bytes of resized images that are kept in memory
+
 # What becomes of one stored image: (its place in the request, uint8 [h, w, Ch]) ->
 # uint8 [H, W, Ch].
 Finish = Callable[[int, np.ndarray], np.ndarray]
@@ -106,10 +108,16 @@ class ImageSplit:
         Raises:
             UserError: a label outside [0, num_classes).
         """
-        if finish is None and self.reader.is_stored:
+        if finish is None and self._is_kept:
             images, labels, readable = self.remember("all", self._all)
             return images[indices], labels[indices], readable[indices]
         return self._read(indices, finish or self._fit)
+
+    @property
+    def _is_kept(self) -> bool:
+        """Whether all images, resized, are kept once they are made."""
+        pixels = self.config.image_size**2 * self.config.channels
+        return self.reader.is_stored and self.num_images * pixels <= MOST_KEPT
 
     def _all(self):
         return self._read(np.arange(self.num_images), self._fit)

@@ -57,24 +57,28 @@ def apply(
 
 def gaussian_noise(images: np.ndarray, indices: np.ndarray, severity: int):
     """Independent normal noise on every pixel and channel."""
-    count = math.prod(images.shape[1:])
-    words = keyed.rows(severity, keyed.NOISE, indices, 2 * count)
-    noise = _normal(keyed.unit(words)).reshape(images.shape)
-    return images + NOISE_STD[severity - 1] * noise
+    shape = images.shape[1:]
+    count = 2 * -(-math.prod(shape) // 2)
+
+    def noise(index: int) -> np.ndarray:
+        words = keyed.rows(severity, keyed.NOISE, np.array([index]), count)
+        normal = _normal(keyed.unit(words[0]))[: math.prod(shape)].reshape(shape)
+        return (NOISE_STD[severity - 1] * normal).astype(np.float32)
+
+    # One by one: the words of a whole batch of large images would not fit.
+    return np.stack(
+        [image + noise(i) for image, i in zip(images, indices, strict=True)]
+    )
 
 
 def blur(images: np.ndarray, indices: np.ndarray, severity: int):
     """A Gaussian blur; what lies outside repeats the edge."""
+    from scipy.ndimage import correlate1d
+
     size = images.shape[1]
     weights = gaussian_weights(BLUR_STD[severity - 1] * math.sqrt(size / BLUR_SIDE))
-    reach = len(weights) // 2
     for axis in (1, 2):
-        width = [(reach, reach) if a == axis else (0, 0) for a in range(4)]
-        padded = np.pad(images, width, mode="edge")
-        images = sum(
-            weight * np.take(padded, range(k, k + size), axis=axis)
-            for k, weight in enumerate(weights)
-        )
+        images = correlate1d(images, weights, axis, mode="nearest")
     return images
 
 
@@ -101,9 +105,10 @@ def gaussian_weights(std: float) -> np.ndarray:
 
 
 def _normal(uniform: np.ndarray) -> np.ndarray:
-    """[n, m] normal numbers of [n, 2 m] in [0, 1) (Box and Muller, 1958)."""
-    radius, angle = np.split(uniform, 2, axis=-1)
-    return np.sqrt(-2.0 * np.log1p(-radius)) * np.cos(2.0 * np.pi * angle)
+    """[2 m] normal numbers of [2 m] in [0, 1) (Box and Muller, 1958)."""
+    radius, angle = np.split(uniform, 2)
+    radius, angle = np.sqrt(-2.0 * np.log1p(-radius)), 2.0 * np.pi * angle
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
 CORRUPTIONS = {"gaussian_noise": gaussian_noise, "blur": blur, "contrast": contrast}

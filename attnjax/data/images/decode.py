@@ -12,7 +12,9 @@ counts as one that cannot be decoded.
 """
 
 import contextlib
+import functools
 import io
+import re
 import warnings
 from typing import Any
 
@@ -35,23 +37,33 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     Raises:
         Undecodable: truncated, damaged, empty, too large to be safe, or no image.
     """
-    from PIL import Image
-
+    pillow = _pillow()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about odd but usable files
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return to_array(image, channels)
+        with pillow.Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_array(image, channels)
     except Undecodable:
         raise
     # Decoders of damaged bytes fail in every way there is.
     except Exception as error:
-        text = (str(error).splitlines() or [""])[0].replace("<_io.BytesIO object", "<")
-        name = type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, pillow.UnidentifiedImageError):
             raise Undecodable("no image format that is known") from error
-        raise Undecodable(f"{name}: {text}"[:120]) from error
+        text = " ".join(re.sub(r"<_io\.BytesIO[^>]*>", "the file", str(error)).split())
+        raise Undecodable(f"{type(error).__name__}: {text}"[:120]) from error
+
+
+@functools.cache
+def _pillow() -> Any:
+    """Pillow's module, told not to warn of images that it decodes all the same.
+
+    Once, and not around every call: filters of warnings are shared by all threads.
+    """
+    import PIL
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+    return PIL
 
 
 def to_array(image: Any, channels: int) -> np.ndarray:

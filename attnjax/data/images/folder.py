@@ -60,6 +60,11 @@ class Config(ImageConfig):
         check_fraction(self.eval_fraction)
 
 
+def num_classes(config: Config) -> int:
+    """From the names of folders; no image is read."""
+    return len(_listing(config).classes)
+
+
 def open_source(config: Config) -> ImageCorpus:
     """The folder's images.
 
@@ -67,17 +72,13 @@ def open_source(config: Config) -> ImageCorpus:
         UserError: a missing folder, too few classes, classes that differ between
             the splits, or no readable image.
     """
-    path = os.path.join(config.data_dir or "", os.path.expanduser(config.argument))
-    root = Path(os.path.expanduser(path))
-    listing = read_listing(
-        root, eval_split=config.eval_split, eval_fraction=config.eval_fraction
-    )
+    listing = _listing(config)
     everything = (*listing.train, *listing.eval)
     unreadable = _unreadable(listing, config) if config.verify else {}
     say_left_out("folder", unreadable, len(everything))
     damage = Damage("folder")
     readers = [
-        Files(root, _without(files, unreadable), config.channels, damage)
+        Files(listing.root, _without(files, unreadable), config.channels, damage)
         for files in (listing.train, listing.eval)
     ]
     facts = {
@@ -97,6 +98,15 @@ def open_source(config: Config) -> ImageCorpus:
 
 class Unreachable(Undecodable):
     """A file whose bytes could not be read; another time they may be."""
+
+
+def _listing(config: Config) -> Listing:
+    path = os.path.join(config.data_dir or "", os.path.expanduser(config.argument))
+    return read_listing(
+        Path(os.path.expanduser(path)),
+        eval_split=config.eval_split,
+        eval_fraction=config.eval_fraction,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

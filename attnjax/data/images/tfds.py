@@ -61,6 +61,12 @@ class Config(ImageConfig):
     label_field: str | None = None
 
 
+def num_classes(config: Config) -> int:
+    """From the data set's description; no image is read."""
+    builder = prepared_builder(config.argument, config.data_dir)
+    return builder.info.features[_fields(builder, config)[1]].num_classes
+
+
 def open_source(config: Config) -> ImageCorpus:
     """The data set's images.
 

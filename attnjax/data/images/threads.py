@@ -11,7 +11,9 @@ _MOST = 16
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    count = min(_MOST, os.cpu_count() or 1)
+    # What this process may use, where the system tells it.
+    may = getattr(os, "sched_getaffinity", None)
+    count = min(_MOST, len(may(0)) if may else os.cpu_count() or 1)
     return ThreadPoolExecutor(count, thread_name_prefix="attnjax-images")
 
 

@@ -6,6 +6,7 @@ from attnjax.core.errors import UserError
 from attnjax.data.images import (
     Augment,
     batch,
+    corpus,
     eval_batches,
     num_eval_batches,
     steps_per_epoch,
@@ -202,6 +203,15 @@ def test_a_corruption_does_not_depend_on_the_batch_size(make_split):
         for n in (1, 9)
     )
     assert np.array_equal(one, many[:23])
+
+
+def test_what_is_kept_in_memory_changes_no_batch(make_split, monkeypatch):
+    fixed = {"seed": 3, "step": 8, "batch_size": 6, "augment": Augment(mixup=0.2)}
+    kept = batch(make_split(image_size=9), **fixed)
+    monkeypatch.setattr(corpus, "MOST_KEPT", 23 * 81 - 1)
+    split = make_split(image_size=9)
+    assert same(batch(split, **fixed), kept)
+    assert not split._is_kept and make_split(image_size=8)._is_kept
 
 
 def test_a_label_that_is_no_class_is_refused(make_split):

@@ -54,10 +54,12 @@ def test_an_argument_is_needed_or_not_taken():
         open_corpus(ImageConfig(name="digits:3"))
 
 
-def test_classes_are_counted_without_the_data_where_they_can_be():
+def test_classes_are_counted_without_the_images(tmp_path):
     assert num_classes(config_class("glyphs")(chars="abc")) == 3
-    with pytest.raises(UserError, match="PATH must be a folder"):
-        num_classes(config_class("folder:x")(name="folder:/no/such"))
+    for path in ("train/a/1.png", "train/b/2.png", "train/c/3.png", "val/a/1.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(b"not decoded")
+    assert num_classes(config_class("folder:x")(name=f"folder:{tmp_path}")) == 3
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def test_the_exif_orientation_is_applied():
     assert np.array_equal(got, np.rot90(COLOUR, -1))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_orientation_is_not_applied():
     jpeg = encode(COLOUR, "jpeg")
     tag = b"\xff\xe1\x00\x10Exif\0\0II*\0\xff\xff"

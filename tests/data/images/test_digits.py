@@ -5,7 +5,7 @@ import pytest
 
 from attnjax.core.errors import UserError
 from attnjax.data.images import config_class, num_classes, open_corpus
-from attnjax.data.images.digits import Config
+from attnjax.data.images.digits import Config, held_out_indices
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,11 @@ def test_the_split_is_fixed_and_disjoint(corpus):
     )
     assert len(train) == 1438 and len(held_out) == 359
     assert not train & held_out
+
+
+def test_the_choice_is_the_same_on_every_machine():
+    chosen = held_out_indices(np.array([0, 1] * 10, np.int32), 0.3)
+    assert chosen.tolist() == [4, 6, 9, 14, 15, 17]
 
 
 def test_every_class_is_on_both_sides_in_its_share(corpus):

@@ -55,7 +55,7 @@ def test_class_folders_are_read_and_a_share_is_held_out(root):
 
 
 def test_the_choice_of_what_is_held_out_does_not_depend_on_the_place(root, tmp_path):
-    shutil.copytree(root, tmp_path / "copy")
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
     first, second = opened(root), opened(tmp_path / "copy")
     assert names(first) == names(second)
     assert first.fingerprint == second.fingerprint
@@ -273,6 +273,13 @@ def test_a_class_that_is_only_held_out_is_refused(root):
     message = r"unknown class 'dgo'\. Did you mean dog\? .* It is in .*val and not in"
     with pytest.raises(UserError, match=message):
         opened(root)
+
+
+def test_a_link_to_a_folder_is_followed(root, tmp_path):
+    write(tmp_path, "elsewhere/more/x.png")
+    before = opened(root).provenance["num_files"]
+    os.symlink(tmp_path / "elsewhere", root / "cat" / "linked")
+    assert opened(root).provenance["num_files"] == before + 1
 
 
 def test_a_link_in_a_circle_ends(root):

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from attnjax.core.errors import UserError
-from attnjax.data.images import Augment, batch, eval_batches, open_corpus, tfds
+from attnjax.data.images import (
+    Augment,
+    batch,
+    eval_batches,
+    num_classes,
+    open_corpus,
+    tfds,
+)
 from attnjax.data.images.tfds import Config
 
 library = pytest.importorskip("tensorflow_datasets")
@@ -55,6 +62,7 @@ def test_examples_are_images_with_their_labels(root):
     assert np.array_equal(images, PIXELS[[8, 0, 5]]) and readable.all()
     assert labels.tolist() == LABELS[[8, 0, 5]].tolist() and labels.dtype == np.int32
     assert corpus.provenance["dataset"] == "toy/1.0.0"
+    assert num_classes(Config(name="tfds:toy", data_dir=str(root))) == 3
     assert corpus.provenance["eval_split"] == "test"
 
 
@@ -74,9 +82,17 @@ def test_the_fingerprint_is_of_what_is_stored(root, tmp_path, write_data_set):
     before = opened(root).fingerprint
     assert opened(root, channels=3, image_size=9).fingerprint == before
     assert opened(root, train_split="train[:5]").fingerprint != before
-    other = {"train": examples(range(1, 9)), "test": examples(range(9, 12))}
-    write_data_set(tmp_path / "b", "toy", features(), other)
-    assert opened(tmp_path / "b").fingerprint != before
+    rows, test = examples(range(9)), examples(range(9, 12))
+    twin = next(e for e in rows[1:] if len(e["image"]) == len(rows[0]["image"]))
+    others = {
+        "bytes": [{**rows[0], "image": twin["image"]}, *rows[1:]],
+        "label": [{**rows[0], "label": 2}, *rows[1:]],
+        "order": [*rows[1:], rows[0]],
+    }
+    for name, changed in others.items():
+        splits = {"train": changed, "test": test}
+        write_data_set(tmp_path / name, "toy", features(), splits)
+        assert opened(tmp_path / name).fingerprint != before, name
 
 
 def test_images_of_many_sizes_are_brought_to_one(tmp_path, write_data_set):
