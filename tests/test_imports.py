@@ -144,7 +144,7 @@ def test_every_script_parses_and_says_what_it_is_for(path):
     ids=lambda p: p.name,
 )
 def test_every_shell_script_parses(path):
-    subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("path", sources("attnjax"), ids=module_name)

@@ -118,4 +118,4 @@ def test_a_closed_pipe_ends_quietly(body, code, said):
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == said
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=300) == code

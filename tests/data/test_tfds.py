@@ -88,7 +88,7 @@ def test_tensorflow_is_not_imported(folder):
         [sys.executable, "-c", program, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "ATTNJAX_CACHE": str(folder / "other_cache")},
     )
     assert (done.returncode, done.stdout) == (0, "14\n"), done.stderr

@@ -206,7 +206,7 @@ def _daemon(cluster: Cluster, name: str, *words: str) -> Iterator[subprocess.Pop
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(300)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -215,7 +215,7 @@ def _daemon(cluster: Cluster, name: str, *words: str) -> Iterator[subprocess.Pop
 def _wait(
     ready: Callable[[], bool], process: subprocess.Popen, cluster: Cluster
 ) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not ready():
         if process.poll() is not None or time.monotonic() > until:
             logs = sorted(cluster.folder.glob("*.out"))

@@ -246,6 +246,6 @@ def test_pages_show_commands_that_the_launcher_takes():
 )
 def test_a_wrong_command_is_explained(words, message):
     process = _start([str(RUN), *words])
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert message in text and "Traceback" not in text

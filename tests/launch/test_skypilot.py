@@ -112,7 +112,7 @@ class Node:
     def run(self, *words, **options):
         """Its exit code and what it said, once it has ended."""
         with self.start(*words, **options) as process:
-            _, said = process.communicate(timeout=30)
+            _, said = process.communicate(timeout=300)
         return process.returncode, said
 
     def starts(self):
@@ -195,13 +195,13 @@ def test_exit_code_decides_whether_it_starts_again(node, codes, code, starts):
 
 def test_job_that_is_told_to_end_saves_and_is_recovered(node):
     with node.start(codes=["wait", 0]) as process:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 300
         while not (node.home / "ready").exists():
             assert time.monotonic() < until
             time.sleep(0.02)
         # The shell alone: it passes the word on, and waits.
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
+        process.communicate(timeout=300)
     assert process.returncode == EXIT_SAVED
     assert len(node.starts()) == 1
 

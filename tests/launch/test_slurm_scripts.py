@@ -398,7 +398,7 @@ def test_checkpoint_inside_a_signal_handler_waits_for_the_save(tmp_path):
         seen["log"] = (tmp_path / "log").read_text()
 
     def ask():
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while time.monotonic() < until:
             if one.log.exists() and "ready" in one.log.read_text():
                 break

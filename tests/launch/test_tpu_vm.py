@@ -208,12 +208,12 @@ def test_broken_connection_finds_the_training_again(cloud, capfd):
     with subprocess.Popen(begun, start_new_session=True) as first:
         until_started(cloud)
         os.killpg(first.pid, signal.SIGINT)
-        assert first.wait(20) == run.EXIT_INTERRUPTED
+        assert first.wait(300) == run.EXIT_INTERRUPTED
     again = subprocess.Popen(begun)
     try:
         wait_for(lambda: "a training runs there" in capfd.readouterr().err)
         assert launch("--stop", train=[]) == 0
-        assert again.wait(20) == 75
+        assert again.wait(300) == 75
     finally:
         again.kill()
         again.wait()
@@ -232,9 +232,9 @@ def until_started(cloud):
 
 
 def wait_for(condition):
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < until, "nothing happened within 20 s"
+        assert time.monotonic() < until, "nothing happened within 300 s"
         time.sleep(0.05)
 
 
@@ -254,8 +254,8 @@ def test_a_second_start_follows_the_first(cloud):
     wait_for(lambda: len(cloud.starts(0)) == 2)
     processes.append(begin("run", "two", "/runs", "--config", "c.py"))
     time.sleep(0.3)
-    assert begin("stop").wait(20) == 0
-    assert [process.wait(20) for process in processes] == [run.STOPPED, run.STOPPED]
+    assert begin("stop").wait(300) == 0
+    assert [process.wait(300) for process in processes] == [run.STOPPED, run.STOPPED]
     assert len(cloud.starts(0)) == 2
 
 
@@ -270,7 +270,7 @@ def test_gcloud_may_repeat_the_command_that_starts(cloud):
 
     def start(name):
         words = ["bash", worker, "run", name, "/shared/runs/big", "--config", "c.py"]
-        return subprocess.run(words, env=environment, timeout=20).returncode
+        return subprocess.run(words, env=environment, timeout=300).returncode
 
     assert [start("a1"), start("a1"), start("a2")] == [3, 3, 0]
     assert len(cloud.starts(0)) == 4

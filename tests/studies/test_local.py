@@ -161,7 +161,7 @@ def test_a_signal_stops_the_workers_and_leaves_everything_resumable(
     bench, study, capfd, number
 ):
     def interrupt():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not (study.workdir / "waits").exists() and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(os.getpid(), number)
@@ -199,7 +199,7 @@ def test_a_point_that_another_process_runs_is_waited_for_not_run(bench, study, c
     assert other.stdout.readline() == b"held\n"
 
     def let_go():
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while states(study)[1:] != ["done"] * 2 and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.2)

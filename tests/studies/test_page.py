@@ -64,7 +64,7 @@ def test_a_click_sorts_and_another_turns_round():
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

@@ -90,7 +90,7 @@ def test_a_held_point_is_left_alone(study, monkeypatch):
 
 def test_a_point_that_the_sweep_does_not_have_is_named(study):
     words = worker.command(study.workdir, "0" * 16)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert f"the sweep in {str(study.workdir)!r} has no point" in done.stderr
 
@@ -100,7 +100,7 @@ def test_a_config_that_was_edited_is_refused(study, content):
     point = study.points[0].hash
     (study.workdir / "configs" / f"{point}.json").write_text(content)
     words = worker.command(study.workdir, point)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert "Delete it; run the sweep again." in done.stderr
     assert (

@@ -159,7 +159,7 @@ def run(body, *, signal_after):
     time.sleep(signal_after)
     begin = time.perf_counter()
     program.send_signal(signal.SIGTERM)
-    _, err = program.communicate(timeout=60)
+    _, err = program.communicate(timeout=300)
     return program.returncode, err, time.perf_counter() - begin
 
 
