@@ -69,7 +69,7 @@ def test_a_second_builder_waits_and_says_so(tmp_path, capsys):
     threading.Timer(0.4, release.set).start()
     with one_builder(place):
         assert time.monotonic() >= release_at
-    other.join(20)
+    other.join(300)
     assert "waiting for another process" in capsys.readouterr().err
 
 
