@@ -23,6 +23,8 @@ class Capabilities:
         prefix: honours `ctx.prefix_len`.
         sequence: honours `ctx.sequence_form` and `ctx.places`: in the full pass tokens
             meet in `kernels.attention` alone, so devices may share them, in any order.
+        sequence_in_order: devices may share tokens that lie in order, one piece of a
+            row each: of the forms, "all_to_all" alone.
     """
 
     causal: bool = True
@@ -35,6 +37,7 @@ class Capabilities:
     segments: bool = True
     prefix: bool = False
     sequence: bool = False
+    sequence_in_order: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

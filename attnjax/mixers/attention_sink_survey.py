@@ -221,8 +221,7 @@ SPEC = MixerSpec(
         "The surveyed gains are of models trained with the map from the start.",
         "For other options of attention (gates, windows, positions, head counts) name "
         "it in the `output` of an attention layer.",
-        "Clipped softmax takes a second pass over the keys, which the TPU kernels "
-        "refuse.",
+        "Clipped softmax takes a second pass over the keys.",
         "Learned tokens in front of the input (registers, sink and meta tokens) are "
         "config.model.prefix; learned slots of each layer are those of "
         "attention_sink_emergence.",

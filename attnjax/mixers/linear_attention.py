@@ -456,7 +456,7 @@ SPEC = MixerSpec(
     "Attention",
     source="arXiv 2006.16236",
     forms=("parallel", "chunked", "recurrent"),
-    capabilities=Capabilities(bidirectional=True),
+    capabilities=Capabilities(bidirectional=True, sequence_in_order=True),
     decode=Decode(exact=True),
     parameter_count=_parameter_count,
     state_size=_state_size,

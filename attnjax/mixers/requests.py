@@ -45,10 +45,7 @@ def check_request(
     if ctx.prefix_len is not None and not can.prefix:
         raise _refusal(spec, "knows no prefix", "prefix_len", ctx.prefix_len.shape)
     if ctx.sequence_form is not None and not can.sequence:
-        devices = "more" if ctx.rows is None else ctx.rows.mesh.shape["sequence"]
-        raise _refusal(
-            spec, "needs whole rows on each device", "config.mesh.sequence", devices
-        )
+        _check_sequence(spec, ctx)
     if ctx.mask is not None and not mask:
         raise _refusal(spec, "takes no further mask", "mask", ctx.mask)
     _check_grid(spec, ctx.grid, ctx.extra_tokens)
@@ -57,6 +54,18 @@ def check_request(
         if hook.what not in hooks:
             known = f"It has: {', '.join(hooks)}." if hooks else "It has none."
             raise UserError(f"{spec.name}: has no hook {hook.what!r}. {known}")
+
+
+def _check_sequence(spec: MixerSpec, ctx: Context) -> None:
+    """Raise UserError where devices share tokens as `spec` does not take them."""
+    if not spec.capabilities.sequence_in_order:
+        devices = "more" if ctx.rows is None else ctx.rows.mesh.shape["sequence"]
+        raise _refusal(
+            spec, "needs whole rows on each device", "config.mesh.sequence", devices
+        )
+    if ctx.sequence_form == "ring":
+        name = "config.mesh.sequence_form"
+        raise _refusal(spec, "takes tokens in order, as all_to_all", name, "ring")
 
 
 def check_memory(spec: MixerSpec, memory) -> None:

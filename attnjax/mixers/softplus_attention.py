@@ -24,7 +24,7 @@ from attnjax.core.errors import UserError
 from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers import attention
 from attnjax.mixers.requests import check_request
-from attnjax.mixers.slots import options, sizes
+from attnjax.mixers.slots import across_devices, options, sizes
 from attnjax.mixers.slots.base import Call
 
 UNIT_EPS = 1e-12  # Below this a query or key is divided by it, not by its length.
@@ -141,7 +141,13 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def visible_keys(
-    mask: kernels.Mask, operands: dict, shape: tuple[int, int, int], heads: int
+    mask: kernels.Mask,
+    operands: dict,
+    shape: tuple[int, int, int],
+    heads: int,
+    *,
+    rows: jax.sharding.NamedSharding | None = None,
+    target: kernels.Target | None = None,
 ) -> jax.Array:
     """How many keys each row sees, float32 [B, T, heads].
 
@@ -152,15 +158,18 @@ def visible_keys(
         mask, operands: as for `kernels.attention`.
         shape: (B, T, S).
         heads: 1 where all heads see the same keys.
+        rows: how arrays [B, ...] lie on the devices (`Context.rows`); None on one.
+        target: the device that the call is compiled for.
     """
     batch, length, keys = shape
     zeros = jnp.zeros((batch, length, heads, 1), jnp.float32)
-    key = jnp.zeros((batch, keys, 1, 1), jnp.float32)
+    key = jnp.zeros((batch, keys, heads, 1), jnp.float32)
     spec = kernels.AttentionSpec(mask=mask, return_lse=True)
     needed = {operand.name for operand in spec.operands}
     always = {"q_offset", "q_positions", "k_positions", "kv_mask"}
     own = {k: v for k, v in operands.items() if k in needed | always}
-    _, lse = kernels.attention(zeros, key, key, spec, own)
+    how = {"rows": rows, "implementation": "auto", "target": target}
+    _, lse = across_devices.attention(zeros, key, key, spec, own, **how)
     return jax.lax.stop_gradient(jnp.round(jnp.exp(lse)))
 
 
@@ -200,7 +209,8 @@ class Mixer(attention.Mixer):
         query, key, value = qkv
         per_head = 1 if call.ctx.mask is None else query.shape[2]
         shape = (*query.shape[:2], key.shape[1])
-        count = visible_keys(mask, operands, shape, per_head)
+        where = {"rows": call.ctx.rows, "target": self.dims.target}
+        count = visible_keys(mask, operands, shape, per_head, **where)
         longer = jnp.log(jnp.maximum(count, 1))[..., None].astype(query.dtype)
         if self.sharpened:
             rows = jnp.swapaxes(count, 1, 2)
@@ -256,7 +266,7 @@ SPEC = MixerSpec(
     ),
     flops=_flops,
     limits=(
-        "LSSAR takes two passes over the keys; the TPU kernels refuse the second.",
+        "LSSAR takes two passes over the keys.",
         "Each call counts the visible keys of its rows with one more pass of a single "
         "head of size 1.",
         "With guard=sum a row whose weights are all near the mean gives nearly 0.",

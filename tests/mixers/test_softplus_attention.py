@@ -1,5 +1,6 @@
 """Facts of LSSA and LSSAR (arXiv 2501.13428)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -245,3 +246,26 @@ def test_heads_of_size_1_are_refused():
 def test_options_that_do_not_fit_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         softplus.Config(**options)
+
+
+def test_both_kernels_run_on_each_devices_own_rows_and_heads():
+    dims = dataclasses.replace(DIMS, num_heads=4, num_kv_heads=2)
+    mixer = softplus.Mixer(softplus.Config(power=2), dims, rngs=nnx.Rngs(3))
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    x = jax.random.normal(jax.random.key(1), (4, T, dims.embed_dim))
+    ctx = context(length=T, batch=4)
+
+    def loss(x, rows):
+        y, _ = mixer(x, ctx.replace(rows=rows))
+        return jnp.sum(jnp.sin(y)), y
+
+    run = jax.grad(loss, has_aux=True)
+    wanted = jitted(functools.partial(run, rows=None))(x)
+    with kernels.watching() as watch:
+        found = jitted(functools.partial(run, rows=rows))(x)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), found, wanted)
+    sizes = {(r.batch, r.num_heads) for r in (c.request for c in watch.choices)}
+    assert sizes == {(1, 1), (1, 2)}

@@ -126,6 +126,16 @@ CASES = {
         {"num_kv_heads": 2, "positions": "learned", "max_len": LENGTH, "num_layers": 1},
         {"use_segments": False, "prefix_len": 3},
     ),
+    "states of shared heads, tensor": (
+        {**WITH_TENSOR, "sequence_form": "auto"},
+        {
+            "num_kv_heads": 2,
+            "layers": "attention linear_attention",
+            "positions": "rope",
+            "mixers": {"linear_attention": {"rotary": True, "chunk_size": 2}},
+        },
+        {},
+    ),
     "all to all, tensor, weights taken twice": (
         WITH_TENSOR,
         {"num_kv_heads": 2, "layers": "gated_attention clip", "mixers": {"clip": CLIP}},
@@ -196,6 +206,9 @@ def test_auto_takes_what_the_layers_can():
     assert form_of(model_of(num_heads=6), sequence=4) == "ring"
     assert form_of(model_of(num_heads=6), sequence=2) == "all_to_all"
     assert form_of(model_of(num_heads=6), sequence=2, tensor=2) == "ring"
+    # States are exchanged by any number of heads.
+    odd = model_of(num_heads=3, layers="linear_attention")
+    assert form_of(odd, sequence=4) == "all_to_all"
     # 12 tokens are no two pieces for each of four devices.
     assert form_of(model_of(), sequence=4, length=12) == "all_to_all"
 
@@ -204,10 +217,16 @@ def test_auto_takes_what_the_layers_can():
     ("model", "mesh", "text"),
     [
         (
-            {"layers": "attention linear_attention"},
+            {"layers": "attention talking_heads"},
             {"sequence": 2},
-            "the 2 devices cannot share the tokens of this model's rows. linear_attent"
-            "ion: needs whole rows on each device; got config.mesh.sequence=2. Choose",
+            "the 2 devices cannot share the tokens of this model's rows. talking_heads"
+            ": needs whole rows on each device; got config.mesh.sequence=2. Choose",
+        ),
+        (
+            {"layers": "attention linear_attention"},
+            {"sequence": 2, "sequence_form": "ring"},
+            "linear_attention: takes tokens in order, as all_to_all; got config.mesh.s"
+            "equence_form=ring",
         ),
         (
             {"layers": "clip", "num_heads": 3, "mixers": {"clip": CLIP}},
@@ -231,7 +250,7 @@ def test_auto_takes_what_the_layers_can():
             "config.model.prefix: learned tokens stand in front of whole rows",
         ),
     ],
-    ids=["mixer", "no form", "heads", "length", "learned tokens"],
+    ids=["mixer", "order", "no form", "heads", "length", "learned tokens"],
 )
 def test_what_cannot_share_tokens_is_refused_by_name(model, mesh, text):
     with pytest.raises(UserError, match=text):

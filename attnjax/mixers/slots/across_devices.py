@@ -65,7 +65,7 @@ def linear_attention(
     implementation: str = "auto",
     target: kernels.Target | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """`kernels.linear_attention`, on each device's own rows and heads.
+    """`kernels.linear_attention`, on each device's own rows, heads and tokens.
 
     Args:
         query, key, value, spec, operands, implementation, target: as there.
@@ -75,6 +75,8 @@ def linear_attention(
     if rows is None:
         return kernels.linear_attention(query, key, value, spec, operands, **how)
     cuts = cuts_of(rows, query.shape[2], key.shape[2])
+    if len(rows.spec) > 1 and rows.spec[1] is not None:
+        cuts = dataclasses.replace(cuts, sequence=SEQUENCE)
     return kernels.sharded_linear_attention(
         query, key, value, spec, operands, mesh=rows.mesh, cuts=cuts, **how
     )
