@@ -64,14 +64,13 @@ def batch(
     images, labels, readable = _augmented(
         split, _indices(split, seed, step * batch_size + needed), draws, augment
     )
-    mix = np.ones(len(wanted), np.float32)
+    mix, image = np.ones(len(wanted), np.float32), images[own]
     if augment.mixup:
         share = mixup_share(draws[own, _MIX], augment.mixup)
         mix = np.where(readable[other], share, 1.0).astype(np.float32)
-    weights = mix[:, None, None, None]
-    image = images[own]
-    if augment.mixup:
-        image = weights * image + (1 - weights) * images[other]
+        weights = mix[:, None, None, None]
+        image *= weights
+        image += (1 - weights) * images[other]
     return {
         "image": image,
         "label": labels[own],

@@ -148,7 +148,9 @@ class ImageSplit:
     def normalise(self, images: np.ndarray) -> np.ndarray:
         """float32 [n, H, W, Ch] of pixels in [0, 1]: less the mean, over the std."""
         mean = np.asarray(self.config.mean, np.float32)
-        return (images - mean) / np.asarray(self.config.std, np.float32)
+        done = images - mean
+        done /= np.asarray(self.config.std, np.float32)
+        return done
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
