@@ -51,7 +51,8 @@ class Config(backbone.Config):
         num_heads: H query heads (none: the size's, else 4).
         positions: "learned" (added to class token and patches), "sincos" (fixed,
             added to patches), "rope" (each axis turns half of each head) or "none".
-        rope: rotary settings, of each axis.
+        rope: rotary settings, of each axis. On larger images its angles go on; a
+            scaling draws them together.
         positions_grid: patches along the side of the image that learned or sincos
             positions were trained on; other images see them resampled (none: those
             of this model's images).
@@ -64,6 +65,8 @@ class Config(backbone.Config):
             (none: no factors).
         drop_path: rate in [0, 1) at which the last layer's sub-layers are left out
             for an image in training; it grows linearly from 0 at the first layer.
+        head_hidden: width of a layer tanh(W x + b) between what is pooled and the head
+            (none: no such layer).
         head_std: standard deviation of the head's weights at the start.
     """
 
@@ -85,6 +88,7 @@ class Config(backbone.Config):
     registers: int = 0
     layer_scale: float | None = None
     drop_path: float = 0.0
+    head_hidden: int | None = None
     head_std: float = 0.0
 
     @property
@@ -130,6 +134,7 @@ def check(config: Config) -> None:
         ("positions_grid", "at least 1", lambda v: v >= 1),
         ("pool_queries", "at least 1", lambda v: v >= 1),
         ("registers", "at least 0", lambda v: v >= 0),
+        ("head_hidden", "at least 1", lambda v: v >= 1),
         ("drop_path", "in [0, 1)", lambda v: 0 <= v < 1),
         ("head_std", "at least 0", lambda v: v >= 0),
     )
@@ -206,12 +211,16 @@ class Ends(nnx.Module):
             if c.pool == "attentive"
             else None
         )
-        self.head = nn.Linear(
-            c.embed_dim,
+        linear = partial(nn.Linear, use_bias=c.use_bias, **stored)
+        self.head_hidden = (
+            linear(c.embed_dim, c.head_hidden, std=c.embed_dim**-0.5)
+            if c.head_hidden
+            else None
+        )
+        self.head = linear(
+            c.head_hidden or c.embed_dim,
             model.num_classes,
-            use_bias=c.use_bias,
             std=c.head_std,
-            **stored,
         )
 
 
@@ -220,7 +229,7 @@ class ViT(backbone.Backbone):
 
     Params beside "layers": "patches", "class_token", "registers",
     "position_embedding" (its first row is the class token's, where there is one),
-    "final_norm", "pool", "head", each where the config has it.
+    "final_norm", "pool", "head_hidden", "head", each where the config has it.
 
     Args:
         config: `config.model`, resolved.
@@ -376,7 +385,7 @@ class ViT(backbone.Backbone):
     def features(
         self, params: dict, buffers: dict, images: jax.Array, ctx: Context
     ) -> tuple[jax.Array, StackOut]:
-        """What the head reads, [B, C] in the compute dtype; arguments of `hidden`."""
+        """One vector an image, [B, C] in the compute dtype; arguments of `hidden`."""
         x, out = self.hidden(params, buffers, images, ctx)
         return self.pooled(params, x), out
 
@@ -396,7 +405,10 @@ class ViT(backbone.Backbone):
     ) -> tuple[jax.Array, StackOut]:
         """float32 (or wider) [B, classes]; arguments of `hidden`."""
         pooled, out = self.features(params, buffers, images, ctx)
-        logits = self._merge(params).head(pooled)
+        ends = self._merge(params)
+        if ends.head_hidden is not None:
+            pooled = jnp.tanh(ends.head_hidden(pooled))
+        logits = ends.head(pooled)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), out
 
     # ---- counting
@@ -409,7 +421,9 @@ class ViT(backbone.Backbone):
         if c.pool == "attentive":
             weights = c.pool_queries * c.embed_dim
             total += 2.0 * places * (weights + c.embed_dim**2 + c.embed_dim)
-        total += 2.0 * c.embed_dim * self.num_classes
+        width = c.head_hidden or c.embed_dim
+        total += 2.0 * c.embed_dim * (c.head_hidden or 0)
+        total += 2.0 * width * self.num_classes
         return total + self.layer_flops(self.num_tokens)
 
 

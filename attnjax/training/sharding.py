@@ -28,7 +28,7 @@ LOGICAL_AXES = (
     (r"(class_token|registers)/table$", (None, "embed")),
     (r"patches/kernel$", (None, "embed")),
     (r"pool/query$", (None, "embed")),
-    (r"pool/value/kernel$", ("embed", None)),
+    (r"(pool/value|head_hidden)/kernel$", ("embed", None)),
     (r"head/kernel$", ("embed", "vocab")),
     (r"mlp/(up|gate)/kernel$", ("embed", "mlp")),
     (r"mlp/(up|gate)/bias$", ("mlp",)),
@@ -41,7 +41,7 @@ LOGICAL_AXES = (
 # Parameters outside of the layers that lie by their axes; others are on every device.
 ENDS = (
     *("token_embedding", "position_embedding", "head"),
-    *("patches", "class_token", "registers", "pool"),
+    *("patches", "class_token", "registers", "pool", "head_hidden"),
 )
 
 RULES = {

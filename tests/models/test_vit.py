@@ -1,6 +1,7 @@
 """The vision transformer: what it computes, counts and refuses."""
 
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from attnjax import nn
 from attnjax.core import discovery, schema
+from attnjax.core.config import load_file
 from attnjax.core.context import Hook
 from attnjax.core.errors import UserError
+from attnjax.data import images
 from attnjax.models import vit
 from attnjax.models.layout import path_of
 from attnjax.training import sharding
@@ -123,6 +126,8 @@ def by_hand(model, params, image):
         weights = softmax(query @ places.T / math.sqrt(16))
         value = (places @ p["pool"]["value"]["kernel"]).reshape(9, len(query), -1)
         pooled = np.einsum("mn,nme->me", weights, value).reshape(-1)
+    if c.head_hidden:
+        pooled = np.tanh(affine(pooled, p["head_hidden"]))
     return affine(pooled, p["head"])
 
 
@@ -149,7 +154,12 @@ def layer_by_hand(model, p, x, extra):
     [
         {"registers": 2},
         {"positions": "rope", "pool": "mean", "registers": 1, "layer_scale": 0.1},
-        {"positions": "none", "pool": "attentive", "pool_queries": 4},
+        {
+            "positions": "none",
+            "pool": "attentive",
+            "pool_queries": 4,
+            "head_hidden": 7,
+        },
     ],
     ids=["class token, learned", "mean, rope", "attentive, none"],
 )
@@ -324,6 +334,20 @@ def test_sizes_have_the_published_parameters(size, parameters, gflops):
     )
 
 
+def test_the_imagenet_recipe_is_a_config():
+    path = Path(__file__).parents[2] / "configs" / "vit" / "imagenet_s16.py"
+    given = load_file(f"{path}:300")
+    # 300 epochs of 99 % of 1,281,167 images.
+    assert given["train"]["steps"] == 300 * (1_281_167 * 99 // 100) // 1024
+    source = images.config_class(given["data"]["name"])
+    data = schema.build(source, schema.resolve(source, given["data"]))
+    config = schema.build(vit.Config, vit.resolve(given["model"]))
+    model = vit.ViT(config, image_size=data.image_size, channels=3, num_classes=1000)
+    # S/16 without class token and learned positions, with its hidden layer.
+    extra = 384 * 384 + 384 - 384 - 197 * 384
+    assert model.parameter_count() == 22_050_664 + extra
+
+
 def test_a_size_gives_what_is_not_given_itself():
     filled = vit.resolve({"size": "S/4", "num_layers": 6, "patch_size": 2})
     assert filled["embed_dim"] is None
@@ -346,6 +370,10 @@ def test_counted_parameters_are_those_of_its_parts():
     assert make(**more, layer_scale=1e-4).parameter_count() - plain == 4 * 16
     attentive = make(positions="none", pool="attentive", pool_queries=4)
     assert attentive.parameter_count() - plain == 4 * 16 + 16 * 16
+    hidden = make(**more, head_hidden=7).parameter_count()
+    assert hidden - plain == 17 * 7 + (7 + 1) * CLASSES - (16 + 1) * CLASSES
+    wide = make(**more, head_hidden=7).flops() - make(**more).flops()
+    assert wide == 2 * (16 * 7 + 7 * CLASSES - 16 * CLASSES)
 
 
 # ---- what a layer is told
@@ -417,7 +445,7 @@ def test_equal_parameters_are_those_of_attention_without_registers():
 
 def test_every_large_array_has_logical_axes():
     """Of all arrays only vectors, factors and the grid's positions stay whole."""
-    options = dict(layer_scale=1.0, registers=1)
+    options = dict(layer_scale=1.0, registers=1, head_hidden=8)
     found = {}
     for pool in ("class_token", "attentive"):
         model = make(**options, pool=pool, pool_queries=4)
@@ -433,6 +461,7 @@ def test_every_large_array_has_logical_axes():
     assert found["pool/query"] == [None, "embed"]
     assert found["pool/value/kernel"] == ["embed", None]
     assert found["head/kernel"] == ["embed", "vocab"]
+    assert found["head_hidden/kernel"] == ["embed", None]
     whole = {path for path, axes in found.items() if len(axes) > 1 and not any(axes)}
     assert not whole
 
