@@ -14,7 +14,8 @@ def load(workdir: str, *, step: int | None = None):
 
     Returns:
         A `decoding.run.LoadedRun` with the config, the model, its parameters,
-        the tokenizer, and `logits` and `generate` methods.
+        the tokenizer, and `logits` and `generate` methods; for a classifier of
+        images a `LoadedClassifier` with its class names, `logits` and `name`.
     """
     from attnjax.decoding.run import load_run
 

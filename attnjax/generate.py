@@ -47,9 +47,10 @@ def main(argv: list[str]) -> None:
             "attnjax.generate: num and max_new_tokens must be at least 1; got "
             f"num={flags.num}, max_new_tokens={flags.max_new_tokens}."
         )
-    from attnjax.decoding.run import load_run
+    from attnjax.decoding.run import load_run, read_config, require_text
     from attnjax.decoding.sampling import Sampler
 
+    require_text(read_config(Path(flags.workdir)), "attnjax.generate")
     sampler = Sampler(flags.temperature, flags.top_k, flags.top_p)
     run = load_run(flags.workdir, step=flags.step)
     texts = run.generate(

@@ -14,7 +14,7 @@ import attnjax
 from attnjax.conversion import importing, plain, rules, source, tensors
 from attnjax.conversion.architectures import ARCHITECTURES
 from attnjax.core.errors import UserError
-from attnjax.decoding.run import LoadedRun, load_run
+from attnjax.decoding.run import LoadedRun, load_run, read_config, require_text
 from attnjax.models import lm
 from attnjax.training import disk, transfer
 
@@ -62,6 +62,7 @@ def export_hf(
     """
     out = Path(out)
     _require_new(out)
+    require_text(read_config(Path(workdir)), "attnjax.convert")
     run = load_run(workdir, step=step)
     kept = Kept.of(run.path / importing.KEPT)
     model = _model(run)

@@ -19,14 +19,14 @@ from attnjax.data import tokenizers
 from attnjax.decoding.generation import generate
 from attnjax.decoding.sampling import Sampler
 from attnjax.models.layout import Layout, relayout
-from attnjax.training import experiment, state_tree
+from attnjax.training import experiment, feeds, state_tree
 from attnjax.training.checkpoint_reader import CheckpointReader
-
-TOKENIZER = "tokenizer.json"
+from attnjax.training.feeds.images import load_classes
+from attnjax.training.feeds.text import TOKENIZER
 
 
 @dataclasses.dataclass
-class LoadedRun:
+class Loaded:
     """A run in memory, for notebooks and for the front doors.
 
     Attributes:
@@ -34,7 +34,6 @@ class LoadedRun:
         config: its resolved config, the MLP width settled.
         model: the model's static description.
         params, buffers: its arrays; the averaged ones where the run kept them.
-        tokenizer: its tokenizer.
         step: the step of the checkpoint.
     """
 
@@ -43,8 +42,45 @@ class LoadedRun:
     model: Any
     params: dict
     buffers: dict
-    tokenizer: Any
     step: int
+
+
+@dataclasses.dataclass
+class LoadedClassifier(Loaded):
+    """A classifier of images.
+
+    Attributes:
+        class_names: one a class, in the order of the logits.
+    """
+
+    class_names: tuple[str, ...]
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """float32 [B, classes] of images [B, H, W, Ch], normalised as the run's."""
+        images = jnp.asarray(images, jnp.float32)
+        own = self.model
+        wanted = (own.image_size, own.image_size, own.channels)
+        if images.shape[1:] != wanted:
+            raise UserError(
+                f"logits: images must be [B, H, W, Ch] with H, W, Ch = {wanted}; got "
+                f"shape {images.shape}."
+            )
+        return np.asarray(_image_logits(own, self.params, self.buffers, images))
+
+    def name(self, images: np.ndarray) -> list[str]:
+        """The likeliest class of each image."""
+        return [self.class_names[i] for i in np.argmax(self.logits(images), axis=-1)]
+
+
+@dataclasses.dataclass
+class LoadedRun(Loaded):
+    """A language model.
+
+    Attributes:
+        tokenizer: its tokenizer.
+    """
+
+    tokenizer: Any
 
     @cached_property
     def arrays(self) -> dict:
@@ -107,6 +143,22 @@ def _logits(model, params, buffers, tokens, ctx):
     return model.logits(params, hidden)
 
 
+@partial(jax.jit, static_argnums=0)
+def _image_logits(model, params, buffers, images):
+    ctx = model.context(batch=images.shape[0], prng_key=None, train=False, rows=None)
+    return model.logits(params, buffers, images, ctx)[0]
+
+
+def require_text(config: dict, owner: str) -> None:
+    """Raise UserError unless a run's config is that of a language model."""
+    name = config["model"]["name"]
+    if feeds.feed_class(config["model"]).unit != "token":
+        raise UserError(
+            f"{owner}: needs a language model; got a run with config.model.name={name}."
+            " Its numbers: python -m attnjax.evaluate --workdir RUN"
+        )
+
+
 def read_config(path: Path) -> dict:
     """The resolved config of a run directory."""
     file = path / "config.json"
@@ -128,7 +180,7 @@ def load_run(
     step: int | None = None,
     overrides: Sequence[tuple[str, Any]] = (),
     keep_layers: Sequence[int] | None = None,
-) -> LoadedRun:
+) -> LoadedRun | LoadedClassifier:
     """Open a run on this machine, whatever machine trained it.
 
     Args:
@@ -164,8 +216,10 @@ def load_run(
     model = experiment.build_model(config, meta)
     params = state.get("ema", state["params"])
     params, buffers = _relaid(params, state["buffers"], source, model, keep_layers)
-    tokenizer = tokenizers.load_tokenizer(path / TOKENIZER)
-    return LoadedRun(path, config, model, params, buffers, tokenizer, step)
+    found = (path, config, model, params, buffers, step)
+    if feeds.feed_class(config["model"]).unit == "image":
+        return LoadedClassifier(*found, load_classes(path))
+    return LoadedRun(*found, tokenizers.load_tokenizer(path / TOKENIZER))
 
 
 def _settled(config: dict, meta: dict) -> dict:
@@ -239,8 +293,8 @@ def sample_text(here: experiment.Experiment, state: dict) -> str:
         here.model,
         params,
         state["buffers"],
-        here.corpus.tokenizer,
         int(state["step"]),
+        here.corpus.tokenizer,
     )
     count = here.train.sample_tokens
     if here.model.config.positions == "learned":

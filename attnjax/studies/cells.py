@@ -43,10 +43,20 @@ def columns(results: Results, *, timing: bool) -> list[Column]:
     return [*found, Column("config hash", "hash", hashes)]
 
 
-def costs_shown(timing: bool) -> dict[str, str]:
-    """Cost name -> title; without the measured times where they are not wanted."""
+def costs_shown(results: Results, timing: bool) -> dict[str, str]:
+    """Cost name -> title; without the measured times where they are not wanted, and
+    without the decode state where no run is one of text."""
     shown = COSTS | TIMED if timing else COSTS
-    return {name: title for name, (title, _) in shown.items()}
+    words = {
+        name: " or ".join(title.format(unit=unit) for unit in results.units)
+        for name, (title, _) in shown.items()
+        if "{unit}" in title
+    }
+    return {
+        name: words.get(name, title)
+        for name, (title, _) in shown.items()
+        if name != "state" or "token" in results.units
+    }
 
 
 def costs_differ(results: Results) -> bool:
@@ -95,7 +105,7 @@ def _mean(cell: Cell) -> Text:
 
 
 def _cost_columns(results: Results, timing: bool) -> list[Column]:
-    titles = costs_shown(timing)
+    titles = costs_shown(results, timing)
     if not costs_differ(results):
         return [
             _cost_column(title, [row.cost(name) for row in results.rows])

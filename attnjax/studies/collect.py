@@ -40,6 +40,11 @@ class Run:
     rows: list[dict]
 
     @property
+    def unit(self) -> str:
+        """What a finished run counted: "image" or "token"."""
+        return "image" if "images_seen" in self.summary else "token"
+
+    @property
     def is_done(self) -> bool:
         """Whether it has a summary to show."""
         return self.state == "done"

@@ -23,7 +23,7 @@ from attnjax.training.signals import StopSignal
 
 FOUND = "evaluations.json"
 _SPLITS = ("train", "eval")  # what a training writes itself
-_NOT_METRICS = ("data", "seq_len")
+_NOT_METRICS = ("data", "seq_len", "image_size", "corruption", "severity")
 _CURE = "Delete it; run the sweep again."
 
 

@@ -91,7 +91,7 @@ def records(results: Results, *, timing: bool) -> list[dict[str, Any]]:
                         "p": gap.p if gap else None,
                         "paper": paper.value if paper else None,
                         "paper_source": paper.source if paper else None,
-                        **{name: costs[name] for name in costs_shown(timing)},
+                        **{name: costs[name] for name in costs_shown(results, timing)},
                         "configs": " ".join(row.hashes),
                     }
                 )

@@ -123,7 +123,7 @@ def _pictures(results: Results, timing: bool) -> list[tuple[str, str]]:
         for name in drawn
         if timing or not is_timed(name)
     ]
-    for name, title in cells.costs_shown(timing).items():
+    for name, title in cells.costs_shown(results, timing).items():
         found.append((f"{metric} against {title}", plots.scatter(results, name, title)))
     shown = [(heading, svg) for heading, svg in found if svg is not None]
     return [(h, _own_ids(svg, number)) for number, (h, svg) in enumerate(shown)]

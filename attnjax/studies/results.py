@@ -12,14 +12,18 @@ from attnjax.studies.table import PaperValue, Table, matches, text_of
 from attnjax.studies.values import check_metrics, is_timed, metric_of
 from attnjax.training.feeds.text import DECODE_STATE
 
-# Costs beside the metrics: title, and how they are read from summary.json.
-COSTS: dict[str, tuple[str, Callable[[dict], Any]]] = {
-    "parameters": ("parameters", lambda s: s.get("parameters")),
-    "flops": ("FLOPs/token", lambda s: s.get("forward_flops_per_token")),
-    "state": ("state B/token", lambda s: s.get(DECODE_STATE)),
+# Costs beside the metrics: title, and how they are read from the summary.json of a run
+# that counts in this unit.
+COSTS: dict[str, tuple[str, Callable[[dict, str], Any]]] = {
+    "parameters": ("parameters", lambda s, unit: s.get("parameters")),
+    "flops": ("FLOPs/{unit}", lambda s, unit: s.get(f"forward_flops_per_{unit}")),
+    "state": ("state B/token", lambda s, unit: s.get(DECODE_STATE)),
 }
-TIMED: dict[str, tuple[str, Callable[[dict], Any]]] = {
-    "speed": ("tokens/s", lambda s: (s.get("time") or {}).get("tokens_per_second")),
+TIMED: dict[str, tuple[str, Callable[[dict, str], Any]]] = {
+    "speed": (
+        "{unit}s/s",
+        lambda s, unit: (s.get("time") or {}).get(f"{unit}s_per_second"),
+    ),
 }
 
 
@@ -82,6 +86,12 @@ class Results:
     rows: list[Row]
     notes: list[str]
     runs: list[Run]
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What the finished runs counted: "token", "image" or both."""
+        found = dict.fromkeys(run.unit for run in self.runs if run.is_done)
+        return tuple(found) or ("token",)
 
     def title_of(self, column: tuple) -> str:
         """A column's label values as words; "" where there is one column."""
@@ -205,8 +215,11 @@ def _by_seed(runs: Sequence[Run], table: Table, metric: str) -> dict[str, float]
 
 
 def _costs(runs: Sequence[Run]) -> dict[str, float | None]:
-    done = [run.summary for run in runs if run.is_done]
-    return {name: _mean(map(read, done)) for name, (_, read) in (COSTS | TIMED).items()}
+    done = [run for run in runs if run.is_done]
+    return {
+        name: _mean(read(run.summary, run.unit) for run in done)
+        for name, (_, read) in (COSTS | TIMED).items()
+    }
 
 
 def _mean(values) -> float | None:

@@ -20,7 +20,8 @@ _SHOWN = 4
 
 def completed(run: Run) -> Run:
     """A finished run with the size in its summary, where it is known."""
-    if not run.is_done or run.summary.get(DECODE_STATE) is not None:
+    is_known = run.summary.get(DECODE_STATE) is not None
+    if not run.is_done or run.unit != "token" or is_known:
         return run
     size, _ = _of(run)
     return dataclasses.replace(run, summary={**run.summary, DECODE_STATE: size})
@@ -35,7 +36,8 @@ def notes(runs: Sequence[Run], *, seed: str) -> list[str]:
     """
     found: dict[str, dict[str, None]] = {}
     for run in runs:
-        if run.is_done and run.summary.get(DECODE_STATE) is None:
+        is_text = run.is_done and run.unit == "token"
+        if is_text and run.summary.get(DECODE_STATE) is None:
             labels = {k: v for k, v in run.labels.items() if k != seed}
             why = _of(run)[1] or "unknown"
             found.setdefault(why, {})[show_labels(labels) or run.path.name] = None

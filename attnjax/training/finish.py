@@ -21,6 +21,7 @@ class Ending:
         summary: the content of summary.json.
         reference: what stands beside the held-out loss.
         unit: what a loss is the mean over: "token" or "image".
+        shown: final metrics to name beside the loss.
         plot: where the loss curve is, relative to the run.
     """
 
@@ -28,6 +29,7 @@ class Ending:
     reference: Reference
     unit: str
     plot: str
+    shown: tuple[str, ...] = ()
 
 
 def finish(experiment: Experiment, run, rows: list[dict]) -> Ending:
@@ -49,7 +51,7 @@ def finish(experiment: Experiment, run, rows: list[dict]) -> Ending:
         levels=reference.levels,
         unit=feed.unit,
     )
-    return Ending(summary, reference, feed.unit, plot)
+    return Ending(summary, reference, feed.unit, plot, feed.shown)
 
 
 def _layers(experiment: Experiment) -> str:
@@ -118,15 +120,16 @@ def lines(ending: Ending, run, sample: str | None) -> list[str]:
     final, unit = ending.summary["final"], ending.unit
     size = ending.reference.bytes_per_unit
 
-    def shown(name: str, nats: float) -> str:
+    def line(name: str, nats: float) -> str:
         bits = f"  {nats / math.log(2) / size:.3f} bits/byte" if size else ""
         return f"  {name:<18}{nats:.4f}{bits}"
 
     text = ["", f"held-out loss, nats per {unit}"]
     if "loss" in final:
-        text.append(shown("this model", final["loss"]))
+        text.append(line("this model", final["loss"]))
     levels = reversed(ending.reference.levels.items())
-    text += [shown(name, level) for name, level in levels]
+    text += [line(name, level) for name, level in levels]
+    text += [f"{name:<18}{final[name]:.4f}" for name in ending.shown if name in final]
     speed = ending.summary["time"].get(f"{unit}s_per_second")
     if speed:
         text.append(f"speed             {speed:,.0f} {unit}s/s")

@@ -1,6 +1,7 @@
 """What a run learns from: text or images, behind one interface (`feeds.base.Feed`).
 
-The name of the model decides: `config.model.name=lm` reads text.
+The name of the model decides: `config.model.name=lm` reads text, `vit` reads
+images.
 """
 
 from collections.abc import Mapping
@@ -8,11 +9,12 @@ from typing import Any
 
 from attnjax.core.errors import unknown
 from attnjax.training.feeds.base import Feed
+from attnjax.training.feeds.images import ImageFeed
 from attnjax.training.feeds.text import TextFeed
 
-__all__ = ["FEEDS", "Feed", "TextFeed", "feed_class", "make"]
+__all__ = ["FEEDS", "Feed", "ImageFeed", "TextFeed", "feed_class", "make"]
 
-FEEDS: dict[str, type[Feed]] = {"lm": TextFeed}
+FEEDS: dict[str, type[Feed]] = {"lm": TextFeed, "vit": ImageFeed}
 
 
 def feed_class(model: Mapping[str, Any]) -> type[Feed]:

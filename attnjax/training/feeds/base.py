@@ -35,6 +35,7 @@ class Feed(abc.ABC):
         train_config, eval_config: the dataclasses of `config.train`, `config.eval`.
         default_source: the name of the data where none is given.
         no_decoding: why the model has no decode form, "" where it may have one.
+        shown: final metrics that a run's last lines name beside the loss.
     """
 
     model_module: ClassVar[Any]
@@ -44,6 +45,7 @@ class Feed(abc.ABC):
     eval_config: ClassVar[type[EvalConfig]] = EvalConfig
     default_source: ClassVar[str]
     no_decoding: ClassVar[str] = ""
+    shown: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
@@ -184,6 +186,14 @@ class Feed(abc.ABC):
     @abc.abstractmethod
     def check_source(self, path: Path) -> None:
         """Raise UserError unless a run on this data may start from the run `path`."""
+
+    @abc.abstractmethod
+    def check_run(self, path: Path) -> None:
+        """Raise UserError unless the run `path` can be evaluated on this data."""
+
+    def fit_cures(self, model: Any) -> list[str]:
+        """Lines on how a model that was made for other data can read this data."""
+        return []
 
     @property
     def summary_facts(self) -> dict[str, Any]:

@@ -220,6 +220,11 @@ class TextFeed(Feed):
             stored, self.corpus.tokenizer, owner="config.train.init_from"
         )
 
+    def check_run(self, path: Path) -> None:
+        """See `Feed`: the tokenizers must be the same."""
+        stored = tokenizers.load_tokenizer(path / TOKENIZER)
+        tokenizers.check_same_tokenizer(stored, self.corpus.tokenizer, owner="evaluate")
+
     @cached_property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of held-out text per predicted token, None where unknown."""

@@ -1,0 +1,134 @@
+"""Text and images behind one interface, and what language models keep."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from attnjax.core import config as configs
+from attnjax.core import mappings
+from attnjax.core.errors import UserError
+from attnjax.training import experiment, feeds
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
+VIT = {"name": "vit", "patch_size": 4, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{"lm": its feed, "vit": its feed}, on little data."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("some words, and some more of them. " * 30)
+    source = {"name": f"text:{folder}/a.txt", "seq_len": 12}
+    source["cache_dir"] = str(folder / "cache")
+    given = {
+        "lm": {"model": SMALL, "data": source},
+        "vit": {"model": VIT, "data": {"augment": {"mixup": 0.3}}},
+    }
+    return {kind: feeds.make(experiment.resolve(one)) for kind, one in given.items()}
+
+
+@pytest.mark.parametrize("kind", ["lm", "vit"])
+def test_batches_have_the_shapes_that_a_plan_takes(made, kind):
+    feed = made[kind]
+    training = feed.batch(seed=0, step=3, batch_size=5, rows=None)
+    held_out = next(feed.eval_batches(batch_size=5, rows=None))
+    for batch in (training, held_out):
+        found = {n: (v.shape, v.dtype) for n, v in batch.items()}
+        wanted = feed.row_shapes().items()
+        assert found == {n: ((5, *row.shape), row.dtype) for n, row in wanted}
+
+
+@pytest.mark.parametrize("kind", ["lm", "vit"])
+def test_a_host_can_build_its_rows_alone(made, kind):
+    feed = made[kind]
+    whole = feed.batch(seed=1, step=2, batch_size=6, rows=None)
+    part = feed.batch(seed=1, step=2, batch_size=6, rows=slice(2, 5))
+    for name, value in whole.items():
+        np.testing.assert_array_equal(part[name], value[2:5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("lm", {"vocab_size": 256}),
+        ("vit", {"image_size": 8, "channels": 1, "num_classes": 10}),
+    ],
+)
+def test_a_model_keeps_the_sizes_of_its_data(made, kind, sizes):
+    feed = made[kind]
+    planned = feeds.make(feed.config).planned_sizes()
+    assert feed.sizes() == planned == sizes
+    model = experiment.build_model(feed.config, {**sizes, "step": 7, "layout": {}})
+    assert feed.sizes_of(model) == sizes
+    assert feed.row_flops(model) > 0
+
+
+def test_what_is_counted(made):
+    assert (made["lm"].unit, made["lm"].units_per_row) == ("token", 12)
+    assert (made["vit"].unit, made["vit"].units_per_row) == ("image", 1)
+    assert made["vit"].reference().levels == {"uniform guess": np.log(10)}
+    assert "1438 images to train on, 359 held out" in made["vit"].description
+
+
+def test_a_plan_of_known_sizes_opens_no_data():
+    config = experiment.resolve({"model": VIT, "data": {"name": "digits"}})
+    here = experiment.planned(
+        config, devices=jax.devices()[:1], platform="cpu", target=None
+    )
+    assert "corpus" not in vars(here.feed)
+    assert here.task.totals == ("nll", "correct", "top5", "weight")
+
+
+def test_language_models_keep_their_settings_and_identities():
+    given = configs.load_file(str(ROOT / "configs" / "quickstart.py"))
+    resolved = experiment.resolve(given)
+    assert "corruption" not in resolved["eval"]
+    digest = mappings.digest(resolved, exclude=experiment.IDENTITY_EXCLUDES)
+    assert digest[:16] == "13a2d50bf167b9ea"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.name": "vti"}, "unknown model 'vti'.* vit"),
+        ({"data.name": "stdlib"}, "unknown source 'stdlib'"),
+        ({"data.seq_len": 8}, "config.data: unknown .*'?seq_len"),
+        ({"task.z_loss": 1.0}, "config.task: unknown .*'?z_loss"),
+        ({"train.sample_tokens": 5}, "sample_tokens: text is sampled from language"),
+        ({"eval.explain": 5}, "eval.explain: the maps of the first tokens"),
+        ({"eval.corruption": "blurr"}, "unknown corruption 'blurr'.*blur"),
+        ({"eval.corruption": "blur"}, "severity must be 1 to 5; got severity=0"),
+        ({"eval.severity": 2}, "severity needs a corruption"),
+        ({"task.label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_settings_that_an_image_model_has_no_use_for_are_refused(changes, words):
+    given = {"model": VIT, "data": {"name": "digits"}}
+    with pytest.raises(UserError, match=words):
+        experiment.resolve(configs.apply_values(given, changes.items()))
+
+
+def test_the_tokens_of_an_image_are_not_shared(made):
+    config = experiment.resolve(made["vit"].config | {"mesh": {"sequence": 2}})
+    with pytest.raises(UserError, match="the tokens of an image stay on one device"):
+        experiment.build(config, devices=jax.devices()[:2])
+
+
+def test_a_corrupted_split_says_so(made):
+    config = configs.apply_values(
+        made["vit"].config, [("eval.corruption", "contrast"), ("eval.severity", 5)]
+    )
+    feed = feeds.make(experiment.resolve(config))
+    assert feed.about == {
+        "data": "digits",
+        "image_size": 8,
+        "corruption": "contrast",
+        "severity": 5,
+    }
+    plain = next(made["vit"].eval_batches(batch_size=4, rows=None))["image"]
+    grey = next(feed.eval_batches(batch_size=4, rows=None))["image"]
+    assert grey.std() < 0.1 * plain.std()
