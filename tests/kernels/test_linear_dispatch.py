@@ -123,7 +123,8 @@ def test_explain_says_what_runs_and_why_not_the_others():
         "reference: supports it, but only when asked for by name",
         "blocked: supports it",
         "mosaic_gpu: needs q, k and v all bfloat16, not "
-        "('float32', 'float32', 'float32')",
+        "('float32', 'float32', 'float32'): products of wider factors would be rounded "
+        "to 10 bits (tf32), and take no transposed tile",
         "mosaic_tpu: needs platform tpu, not gpu",
     ]
 

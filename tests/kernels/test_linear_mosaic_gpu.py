@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from attnjax import kernels
 from attnjax.kernels.linear import mosaic_gpu, reference
 from attnjax.kernels.linear.inputs import finish, prepare
-from attnjax.kernels.linear.mosaic_gpu import inverse, pairs
+from attnjax.kernels.linear.mosaic_gpu import inverse, pairs, wide
 from attnjax.kernels.linear.request import make_request
 
 H200 = kernels.Target("gpu", "NVIDIA H200")
@@ -68,6 +69,8 @@ LOWERED = [
         ("token", True, False, True, (2, 256, 2, 2, 128, 128)),
         ("channel", False, True, True, (2, 100, 4, 2, 64, 128)),
         ("channel", True, False, False, (1, 256, 4, 2, 128, 128)),
+        ("head", False, True, False, (1, 64, 2, 2, 192, 80)),
+        ("token", True, False, False, (1, 64, 2, 2, 64, 256)),
     )
 ]
 
@@ -222,6 +225,7 @@ def test_forward_and_backward_lower_for_cuda(case):
     # pairs twice and back, of keys with keys too.
     wanted = 6 + 4 * case.delta
     wanted += 3 * (1 + case.delta) if case.decay == "channel" else 0
+    wanted *= math.prod(-(-size // 128) for size in case.sizes[4:])
     assert len(kernels_of) == wanted
 
 
@@ -257,8 +261,14 @@ REFUSED = {
         "needs q, k and v all bfloat16, not ('bfloat16', 'bfloat16', 'float32')",
         {"dtypes": ("bfloat16", "bfloat16", "float32")},
     ),
-    "float16": ("needs q, k and v all bfloat16", {"dtypes": ("float16",) * 3}),
-    "wide heads": ("needs D and E of at most 128, not D=64, E=192", {"e": 192}),
+    "float32": ("would be rounded to 10 bits (tf32)", {"dtypes": ("float32",) * 3}),
+    "float16": ("and float16 would overflow", {"dtypes": ("float16",) * 3}),
+    "wide heads": ("needs D and E of at most 512, not D=64, E=520", {"e": 520}),
+    "wide keys": (
+        "needs D of at most 128 with the delta rule, in which all rows of a state "
+        "meet, not D=192, E=64",
+        {"spec": kernels.LinearSpec(delta=True), "d": 192},
+    ),
     "short chunks": (
         "works on chunks of 64 tokens, not chunk_size=16",
         {"spec": kernels.LinearSpec(chunk_size=16)},
@@ -266,10 +276,40 @@ REFUSED = {
 }
 
 
-def request_of(*, spec=None, target=H200, dtypes=("bfloat16",) * 3, e=64):
-    shapes = (1, 8, 4, 64), (1, 8, 2, 64), (1, 8, 2, e)
+def request_of(*, spec=None, target=H200, dtypes=("bfloat16",) * 3, d=64, e=64):
+    shapes = (1, 8, 4, d), (1, 8, 2, d), (1, 8, 2, e)
     qkv = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
-    return make_request(*qkv, spec or kernels.LinearSpec(), {}, target), qkv
+    spec = spec or kernels.LinearSpec()
+    given = {"beta": jax.ShapeDtypeStruct((1, 8, 2), jnp.float32)} if spec.delta else {}
+    return make_request(*qkv, spec, given, target), qkv
+
+
+PARTS = {
+    "normalised": Case(
+        "channel", normalise=True, packed=True, sizes=(2, 9, 4, 2, 5, 5)
+    ),
+    "delta": Case("token", True, sizes=(1, 7, 2, 2, 2, 7)),
+}
+
+
+@pytest.mark.pallas
+@pytest.mark.parametrize("name", PARTS)
+def test_wide_heads_in_parts_are_what_they_are_together(name):
+    case = PARTS[name]
+    qkv, floats, ids, cotangents = inputs(case)
+
+    def run(request, parts):
+        def one(part):
+            assert max(part.k.shape[3], part.v.shape[3] - case.normalise) <= 2
+            return reference.run(request, part)
+
+        return wide.in_parts(one, parts, most=2, normalise=case.normalise)
+
+    with jax.enable_x64(True):
+        given = widened((qkv, floats, ids, cotangents))
+        cpu = kernels.Target("cpu")
+        got, wanted = (gradients(case, f, cpu)(*given) for f in (run, reference.run))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), got, wanted)
 
 
 @pytest.mark.parametrize("name", REFUSED)

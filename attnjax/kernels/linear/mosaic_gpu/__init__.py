@@ -5,16 +5,19 @@ recur.py (derivative rule: which kernel gives what), phases.py (what XLA makes b
 the kernels: cumulative decays, decayed copies), pairs.py (pair weights of decays by
 channel), inverse.py (the delta rule's triangles), scan.py (states, forward and back),
 outputs.py and gradients.py (chunks in parallel), normaliser.py, block.py, tile.py and
-launch.py (what they share), refusals.py.
+launch.py (what they share), wide.py (wide heads in parts), refusals.py.
 
 It was compiled for the H200 and interpreted, never timed: "auto" does not take it
 until it was measured against `blocked`, so it has no rank and is asked for by name.
 """
 
+import functools
+
 import jax
 
 from attnjax.kernels.linear.inputs import Inputs
-from attnjax.kernels.linear.mosaic_gpu.refusals import reason
+from attnjax.kernels.linear.mosaic_gpu.refusals import MAX_DIM, reason
+from attnjax.kernels.linear.mosaic_gpu.wide import in_parts
 from attnjax.kernels.linear.request import LinearRequest
 
 NAME = "mosaic_gpu"
@@ -38,4 +41,9 @@ def run(
     """
     from attnjax.kernels.linear.mosaic_gpu.recur import Call, recur
 
-    return recur(Call(request, interpret), inputs)
+    return in_parts(
+        functools.partial(recur, Call(request, interpret)),
+        inputs,
+        most=MAX_DIM,
+        normalise=request.spec.normalise,
+    )
