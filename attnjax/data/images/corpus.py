@@ -9,6 +9,7 @@ import numpy as np
 from attnjax.core.errors import UserError
 from attnjax.data.corpus import Memory
 from attnjax.data.images.config import ImageConfig
+from attnjax.data.images.damage import Damage
 from attnjax.data.images.geometry import fit
 
 MOST_KEPT = 1 << 28  # bytes of resized images that are kept in memory
@@ -24,10 +25,12 @@ class Reader(Protocol):
     Attributes:
         is_stored: all images are in memory, so what is made of them may be kept.
         size: "28x28" or another text for people.
+        damage: counts what cannot be decoded; None where everything can.
     """
 
     is_stored: bool
     size: str
+    damage: Damage | None
 
     def read(
         self, indices: np.ndarray, finish: Finish
@@ -58,6 +61,7 @@ class Stored:
     labels: np.ndarray = dataclasses.field(repr=False)
     size: str = ""
     is_stored: bool = dataclasses.field(default=True, init=False)
+    damage: None = dataclasses.field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -186,6 +190,12 @@ class ImageCorpus:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.class_names)
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Name -> why of the images that batches so far held with weight 0."""
+        counts = (split.reader.damage for split in (self.train, self.eval))
+        return {n: why for d in counts if d for n, why in d.unreadable.items()}
 
     def describe(self) -> str:
         """One line for the log."""

@@ -131,6 +131,7 @@ class Glyphs:
     usable: tuple[tuple[str, ...], ...]
     part: int
     count: int | None
+    damage: None = dataclasses.field(default=None, init=False)
 
     @property
     def size(self) -> str:

@@ -196,7 +196,7 @@ def test_a_file_that_breaks_later_has_weight_zero_and_harms_no_other(root, capsy
     assert np.array_equal(after["image"][others], before["image"][others])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("folder: cannot decode cat/1.png (") and "weight 0" in line
-    assert corpus.train.reader.damage.unreadable.keys() == {"cat/1.png"}
+    assert corpus.unreadable.keys() == {"cat/1.png"} and not clean.unreadable
     assert not corpus.train.read(np.array([gone]))[0].any()
 
 

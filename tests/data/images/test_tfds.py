@@ -122,6 +122,7 @@ def test_damaged_examples_are_named_and_never_fatal(
         assert "tfds:toy: left out 1 of 7 images" in said
     else:
         assert corpus.train.num_images == 5 and got["weight"].sum() == 4
+        assert corpus.unreadable.keys() == {"example 3 of train"}
 
 
 def test_labels_that_are_not_known_are_refused(tmp_path, write_data_set, monkeypatch):
