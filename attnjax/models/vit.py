@@ -26,6 +26,8 @@ from attnjax.core.errors import UserError
 from attnjax.models import backbone, mixer_choice, schedule
 from attnjax.models.stack import StackOut
 
+POOL_QUERIES = 32
+
 # name -> C, layers, heads; the MLP is 4 C wide.
 SIZES = {
     "Ti": (192, 12, 3),
@@ -59,7 +61,7 @@ class Config(backbone.Config):
         pool: what the head reads of the normed tokens: "class_token"; "mean" of the
             patches; "attentive", queries that attend to the patches
             (`nn.AttentivePool`).
-        pool_queries: queries of pool=attentive; they divide embed_dim.
+        pool_queries: queries of pool=attentive; they divide embed_dim (none: 32).
         registers: learned tokens behind the class token that nothing reads.
         layer_scale: first value of learned factors on what each sub-layer adds
             (none: no factors).
@@ -84,12 +86,17 @@ class Config(backbone.Config):
     rope: nn.Rope = dataclasses.field(default_factory=lambda: nn.Rope(theta=100.0))
     positions_grid: int | None = None
     pool: Literal["class_token", "mean", "attentive"] = "class_token"
-    pool_queries: int = 32
+    pool_queries: int | None = None
     registers: int = 0
     layer_scale: float | None = None
     drop_path: float = 0.0
     head_hidden: int | None = None
     head_std: float = 0.0
+
+    @property
+    def num_pool_queries(self) -> int:
+        """M of pool=attentive, with its default worked out."""
+        return POOL_QUERIES if self.pool_queries is None else self.pool_queries
 
     @property
     def extra_tokens(self) -> int:
@@ -117,12 +124,24 @@ def sized(config: Config) -> Config:
                 f"the side of a patch; got {config.size!r}. Example: S/16."
             )
         values = (*SIZES[match[1]], int(match[2]))
+        _check_schedule(config, values[1])
     told = {
         name: value
         for name, value in zip(names, values, strict=True)
         if getattr(config, name) is None
     }
     return dataclasses.replace(config, **told)
+
+
+def _check_schedule(config: Config, depth: int) -> None:
+    """Raise UserError where the schedule does not fill the size's layers."""
+    own = len(schedule.expand(config.layers, None))
+    if config.num_layers is None and depth % own:
+        raise UserError(
+            f"config.model.layers: a schedule of {own} layers does not fill the "
+            f"{depth} of size={config.size}. Set config.model.num_layers to a multiple "
+            f"of {own}."
+        )
 
 
 def check(config: Config) -> None:
@@ -138,12 +157,17 @@ def check(config: Config) -> None:
         ("drop_path", "in [0, 1)", lambda v: 0 <= v < 1),
         ("head_std", "at least 0", lambda v: v >= 0),
     )
-    dim = config.embed_dim
-    if config.pool == "attentive" and dim % config.pool_queries:
+    dim, queries = config.embed_dim, config.num_pool_queries
+    if config.pool == "attentive" and dim % queries:
         divisors = [q for q in range(1, 65) if dim % q == 0]
         raise UserError(
             "config.model.pool_queries: must divide embed_dim; got pool_queries="
-            f"{config.pool_queries}, embed_dim={dim}. Use one of {divisors}."
+            f"{queries}, embed_dim={dim}. Use one of {divisors}."
+        )
+    if config.pool != "attentive" and config.pool_queries is not None:
+        raise UserError(
+            "config.model.pool_queries: belongs to pool=attentive; got pool="
+            f"{config.pool}, pool_queries={queries}. Leave it at none."
         )
     if config.positions == "sincos" and (dim % 4 or dim < 8):
         raise UserError(
@@ -207,7 +231,7 @@ class Ends(nnx.Module):
         )
         self.final_norm = backbone.final_norm(c, rngs=rngs)
         self.pool = (
-            nn.AttentivePool(c.embed_dim, c.pool_queries, **stored)
+            nn.AttentivePool(c.embed_dim, c.num_pool_queries, **stored)
             if c.pool == "attentive"
             else None
         )
@@ -419,7 +443,7 @@ class ViT(backbone.Backbone):
         places = self.grid[0] * self.grid[1]
         total = 2.0 * places * c.patch_size**2 * self.channels * c.embed_dim
         if c.pool == "attentive":
-            weights = c.pool_queries * c.embed_dim
+            weights = c.num_pool_queries * c.embed_dim
             total += 2.0 * places * (weights + c.embed_dim**2 + c.embed_dim)
         width = c.head_hidden or c.embed_dim
         total += 2.0 * c.embed_dim * (c.head_hidden or 0)

@@ -448,7 +448,8 @@ def test_every_large_array_has_logical_axes():
     options = dict(layer_scale=1.0, registers=1, head_hidden=8)
     found = {}
     for pool in ("class_token", "attentive"):
-        model = make(**options, pool=pool, pool_queries=4)
+        queries = 4 if pool == "attentive" else None
+        model = make(**options, pool=pool, pool_queries=queries)
         params, _ = jax.eval_shape(model.init, 0)
         for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
             path = path_of(key_path)
@@ -517,6 +518,21 @@ def test_a_mixer_that_is_only_causal_is_refused_when_the_config_is_read():
         ({"registers": -1}, "config.model.registers: must be at least 0; got -1"),
         ({"drop_path": 1.0}, r"config.model.drop_path: must be in \[0, 1\); got 1"),
         ({"head_std": -1.0}, "config.model.head_std: must be at least 0"),
+        ({"head_hidden": 0}, "config.model.head_hidden: must be at least 1; got 0"),
+        ({"num_classes": 0}, "vit: num_classes must be at least 1; got num_classes=0"),
+        (
+            {"pool_queries": 4},
+            "belongs to pool=attentive; got pool=class_token, pool_queries=4",
+        ),
+        (
+            {"size": "S/2", "layers": "attention*5", "num_layers": None},
+            "a schedule of 5 layers does not fill the 12 of size=S/2. Set "
+            "config.model.num_layers to a multiple of 5",
+        ),
+        (
+            {"positions": "none", "positions_grid": 3},
+            "got positions=none. Leave it at none.$",
+        ),
         (
             {"pool": "attentive", "pool_queries": 3},
             r"pool_queries=3, embed_dim=16. Use one of \[1, 2, 4, 8, 16\]",
@@ -548,6 +564,14 @@ def test_a_patch_that_does_not_divide_the_image_is_refused():
         r"Use one of \[1, 2, 3, 6\]",
     ):
         make(patch_size=4)
+
+
+def test_devices_that_share_tokens_are_refused():
+    model = make()
+    params, buffers = jax.eval_shape(model.init, 0)
+    ctx = model.context(batch=B).replace(sequence_form="ring")
+    with pytest.raises(UserError, match="config.mesh.sequence: an image model needs w"):
+        model.hidden(params, buffers, jnp.zeros((B, SIDE, SIDE, CHANNELS)), ctx)
 
 
 def test_images_of_another_size_or_number_of_channels_are_refused():
