@@ -289,31 +289,38 @@ def grads(form, q, k, v, spec, operands=()):
     return jax.grad(total, (0, 1, 2))(q, k, v)
 
 
-def test_vmap_over_seeds_and_over_segments():
-    q, k, v, _, _ = arrays(1, batch=1, heads=2, tokens=11)
+def test_vmap_over_seeds_and_over_tables():
+    q, k, v, pool, _ = arrays(1, batch=1, heads=2, tokens=11)
     many = jnp.stack([q, 2 * q, -q])
     # Blocks of 8: the first of these sees nothing in a tile that the others see.
     ids = jnp.asarray([[1] * 8 + [2] * 3], jnp.int32)
     packs = jnp.stack([ids, ids[:, ::-1], 0 * ids + 1])
+    mask = PACKED & kernels.BlockMask(3, 2)
+    marks = pool["block_mask"]
+    marks = jnp.stack([marks, ~marks, marks[..., ::-1, :]])
+    tables = jnp.stack([pool["relative_bias"] * n for n in range(3)])
 
-    def one(form, q, ids):
+    def one(form, q, ids, marks, table):
         operands = {"q_segment_ids": ids, "k_segment_ids": ids}
-        return grads(form, q, k, v, AttentionSpec(mask=PACKED), operands)
+        operands |= {"block_mask": marks, "relative_bias": table}
+        spec = AttentionSpec(mask=mask, score=kernels.RelativeBias(6))
+        return grads(form, q, k, v, spec, operands)
 
-    got = jax.jit(jax.vmap(functools.partial(one, run)))(many, packs)
-    wanted = [one(reference.run, *x) for x in zip(many, packs, strict=True)]
+    each = (many, packs, marks, tables)
+    got = jax.jit(jax.vmap(functools.partial(one, run)))(*each)
+    wanted = [one(reference.run, *x) for x in zip(*each, strict=True)]
     agree(got, jax.tree.map(lambda *x: jnp.stack(x), *wanted))
 
 
 def test_shard_map_sums_the_gradients_of_what_is_shared():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     q, k, v, pool, _ = arrays(1, heads=1, tokens=11)
-    spec = AttentionSpec(mask=PACKED, score=kernels.ALiBi())
+    spec = AttentionSpec(mask=PACKED, score=kernels.RelativeBias(6))
     cuts = (P("data"),) * 3 + (P(), P("data"))
 
-    def attend_shard(form, q, k, v, slopes, ids):
-        varying = vary_together((q, k, v, slopes, ids))
-        names = ("alibi_slopes", "q_segment_ids", "k_segment_ids")
+    def attend_shard(form, q, k, v, table, ids):
+        varying = vary_together((q, k, v, table, ids))
+        names = ("relative_bias", "q_segment_ids", "k_segment_ids")
         operands = dict(zip(names, (*varying[3:], varying[4]), strict=True))
         return attend(form, *varying[:3], spec, operands)
 
@@ -326,7 +333,7 @@ def test_shard_map_sums_the_gradients_of_what_is_shared():
         )
         return jnp.sum(jnp.sin(run_shard(*given)))
 
-    given = (q, k, v, pool["alibi_slopes"], pool["q_segment_ids"])
+    given = (q, k, v, pool["relative_bias"], pool["q_segment_ids"])
     forms = (functools.partial(run, interpret=pltpu.InterpretParams()), reference.run)
     got, wanted = (
         jax.jit(jax.grad(functools.partial(total, form), (0, 1, 2, 3)))(*given)

@@ -186,8 +186,9 @@ def test_every_shape_lowers(name):
     assert num_kernels(lowered(spec, **SHAPES[name])) == 3
 
 
-def test_mapped_segments_take_one_kernel_each():
+def test_mapped_lists_take_one_kernel_each():
     assert num_kernels(lowered(MASKS["packed"], mapped=True)) == 3
+    assert num_kernels(lowered(VARIANTS["again clip"], mapped=True)) == 5
 
 
 def test_hooks_that_do_nothing_leave_no_trace(without_places):

@@ -168,30 +168,52 @@ def test_lists_of_whole_blocks_need_no_look_up():
     assert layout.operand_forms(wider) == {"block_lists_0": "marks"}
 
 
-@pytest.mark.parametrize("name", ["known tiles", "tiles found on the device"])
+TABLED = AttentionSpec(
+    mask=kernels.Causal() & kernels.BlockMask(16, 8),
+    score=kernels.RelativeBias(7),
+    reweight=kernels.Clip(-0.1, 1.1),
+)
+SHARED = {
+    "known tiles": (CAUSAL, 3),
+    "tiles found on the device": (
+        dataclasses.replace(PACKED, score=kernels.ALiBi()),
+        3,
+    ),
+    "tables and a second pass": (TABLED, 5),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_inside_shard_map_a_mesh_is_no_obstacle(name):
     several = dataclasses.replace(TPU, num_devices=4)
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=auto)
-    spec = dataclasses.replace(PACKED, score=kernels.ALiBi())
-    spec = CAUSAL if name == "known tiles" else spec
+    spec, count = SHARED[name]
+    make = jax.ShapeDtypeStruct
+    pool = {
+        "q_segment_ids": (make((4, 48), jnp.int32), P("data")),
+        "k_segment_ids": (make((4, 48), jnp.int32), P("data")),
+        "block_mask": (make((4, 4, 3, 6), jnp.bool_), P("data")),
+        "alibi_slopes": (make((4,), jnp.float32), P()),
+        "relative_bias": (make((4, 15), jnp.float32), P()),
+    }
+    given = {o.name: pool[o.name] for o in spec.operands}
+    operands, places = ({n: x[i] for n, x in given.items()} for i in (0, 1))
+    trained = {n: x for n, x in operands.items() if x.dtype == jnp.float32}
 
-    def run(q, k, v, slopes, ids):
-        operands = {"q_segment_ids": ids, "k_segment_ids": ids, "alibi_slopes": slopes}
-        operands = {o.name: operands[o.name] for o in spec.operands}
+    def run(q, k, v, operands):
         return kernels.attention(q, k, v, spec, operands, target=several)
 
-    cuts = (P("data"),) * 3 + (P(), P("data"))
+    cuts = (P("data"),) * 3 + (places,)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=cuts, out_specs=P("data"))
 
-    def total(q, k, v, slopes, ids):
-        return sharded(q, k, v, slopes, ids).astype(jnp.float32).sum()
+    def total(q, k, v, trained, operands):
+        return sharded(q, k, v, operands | trained).astype(jnp.float32).sum()
 
-    arrays = (*shapes(b=4), jax.ShapeDtypeStruct((4,), jnp.float32))
-    arrays = (*arrays, jax.ShapeDtypeStruct((4, 48), jnp.int32))
-    traced = jax.jit(jax.grad(total, (0, 1, 2, 3))).trace(*arrays)
+    step = jax.jit(jax.grad(total, (0, 1, 2, 3)))
+    traced = step.trace(*shapes(b=4), trained, operands)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("custom_call @tpu_custom_call") == 3
+    assert text.count("custom_call @tpu_custom_call") == count
 
 
 def kinds_of(spec, operands=(), block=16, **sizes):
