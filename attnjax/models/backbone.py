@@ -369,7 +369,7 @@ class Backbone:
             x = nn.dropout(x, self.config.dropout, prng_key=key, train=True)
         ctx = ctx.replace(embeddings=x, streams=streams)
         x, out = self.stack.apply(params["layers"], buffers["layers"], x, ctx)
-        whole = {"layers": out.buffers, "streams": buffers["streams"]}
+        whole = buffers | {"layers": out.buffers}
         return x, dataclasses.replace(out, buffers=whole)
 
     def abstract_mixers(self) -> dict[str, nnx.Module]:

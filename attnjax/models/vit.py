@@ -47,8 +47,9 @@ class Config(backbone.Config):
             embed_dim, num_layers, num_heads and patch_size, unless they are given
             themselves (none: they are, or have the values told there).
         patch_size: side of a patch, pixels (none: the size's, else 4).
-        num_layers: depth; the schedule repeats to fill it (none: the size's, else
-            the schedule as it is).
+        num_layers: depth; the schedule repeats to fill it (none: a schedule string
+            fills the size's; without a size, or as a list of layers, it is taken as
+            it is).
         embed_dim: C (none: the size's, else 128).
         num_heads: H query heads (none: the size's, else 4).
         positions: "learned" (added to class token and patches), "sincos" (fixed,
@@ -62,11 +63,14 @@ class Config(backbone.Config):
             patches; "attentive", queries that attend to the patches
             (`nn.AttentivePool`).
         pool_queries: queries of pool=attentive; they divide embed_dim (none: 32).
+        class_token: whether there is a class token (none: where the pool reads it).
         registers: learned tokens behind the class token that nothing reads.
         layer_scale: first value of learned factors on what each sub-layer adds
             (none: no factors).
         drop_path: rate in [0, 1) at which the last layer's sub-layers are left out
             for an image in training; it grows linearly from 0 at the first layer.
+        head_norm: "batch": batch norm without factors of what is pooled, as probes of
+            frozen layers have it; "none".
         head_hidden: width of a layer tanh(W x + b) between what is pooled and the head
             (none: no such layer).
         head_std: standard deviation of the head's weights at the start.
@@ -87,9 +91,11 @@ class Config(backbone.Config):
     positions_grid: int | None = None
     pool: Literal["class_token", "mean", "attentive"] = "class_token"
     pool_queries: int | None = None
+    class_token: bool | None = None
     registers: int = 0
     layer_scale: float | None = None
     drop_path: float = 0.0
+    head_norm: Literal["none", "batch"] = "none"
     head_hidden: int | None = None
     head_std: float = 0.0
 
@@ -101,7 +107,13 @@ class Config(backbone.Config):
     @property
     def extra_tokens(self) -> int:
         """Tokens before the patches."""
-        return (self.pool == "class_token") + self.registers
+        return self.has_class_token + self.registers
+
+    @property
+    def has_class_token(self) -> bool:
+        """`class_token`, with its default worked out."""
+        reads_it = self.pool == "class_token"
+        return reads_it if self.class_token is None else self.class_token
 
     def without_learned_tokens(self) -> "Config":
         """The same without registers, as baselines of equal parameters are."""
@@ -124,7 +136,10 @@ def sized(config: Config) -> Config:
                 f"the side of a patch; got {config.size!r}. Example: S/16."
             )
         values = (*SIZES[match[1]], int(match[2]))
-        _check_schedule(config, values[1])
+        if not isinstance(config.layers, str):
+            values = (values[0], None, *values[2:])
+        elif config.num_layers is None:
+            _check_schedule(config, values[1])
     told = {
         name: value
         for name, value in zip(names, values, strict=True)
@@ -136,7 +151,7 @@ def sized(config: Config) -> Config:
 def _check_schedule(config: Config, depth: int) -> None:
     """Raise UserError where the schedule does not fill the size's layers."""
     own = len(schedule.expand(config.layers, None))
-    if config.num_layers is None and depth % own:
+    if depth % own:
         raise UserError(
             f"config.model.layers: a schedule of {own} layers does not fill the "
             f"{depth} of size={config.size}. Set config.model.num_layers to a multiple "
@@ -163,6 +178,11 @@ def check(config: Config) -> None:
         raise UserError(
             "config.model.pool_queries: must divide embed_dim; got pool_queries="
             f"{queries}, embed_dim={dim}. Use one of {divisors}."
+        )
+    if config.pool == "class_token" and not config.has_class_token:
+        raise UserError(
+            "config.model.class_token: pool=class_token reads it; got class_token="
+            "false. Set it to none, or config.model.pool to mean or attentive."
         )
     if config.pool != "attentive" and config.pool_queries is not None:
         raise UserError(
@@ -222,7 +242,7 @@ class Ends(nnx.Module):
         self.patches = nn.PatchEmbedding(
             c.patch_size, model.channels, c.embed_dim, use_bias=c.use_bias, **stored
         )
-        has_class = c.pool == "class_token"
+        has_class = c.has_class_token
         self.class_token = table(1) if has_class else None
         self.registers = table(c.registers) if c.registers else None
         places = model.positions_grid[0] * model.positions_grid[1]
@@ -253,7 +273,8 @@ class ViT(backbone.Backbone):
 
     Params beside "layers": "patches", "class_token", "registers",
     "position_embedding" (its first row is the class token's, where there is one),
-    "final_norm", "pool", "head_hidden", "head", each where the config has it.
+    "final_norm", "pool", "head_hidden", "head", each where the config has it. Buffers
+    have "head_norm", the running statistics of head_norm=batch.
 
     Args:
         config: `config.model`, resolved.
@@ -312,6 +333,13 @@ class ViT(backbone.Backbone):
 
     def _make_ends(self, rngs: nnx.Rngs) -> Ends:
         return Ends(self, rngs=rngs)
+
+    def init(self, seed: int | jax.Array) -> tuple[dict, dict]:
+        """(params, buffers) as of every model; see there."""
+        params, buffers = super().init(seed)
+        if self.config.head_norm == "batch":
+            buffers["head_norm"] = nn.batch_statistics(self.config.embed_dim)
+        return params, buffers
 
     # ---- running
 
@@ -429,6 +457,10 @@ class ViT(backbone.Backbone):
     ) -> tuple[jax.Array, StackOut]:
         """float32 (or wider) [B, classes]; arguments of `hidden`."""
         pooled, out = self.features(params, buffers, images, ctx)
+        if self.config.head_norm == "batch":
+            pooled, now = nn.batch_norm(pooled, buffers["head_norm"], train=ctx.train)
+            whole = out.buffers | {"head_norm": now}
+            out = dataclasses.replace(out, buffers=whole)
         ends = self._merge(params)
         if ends.head_hidden is not None:
             pooled = jnp.tanh(ends.head_hidden(pooled))

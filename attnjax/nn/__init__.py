@@ -1,5 +1,6 @@
 """Parts that do not mix tokens: linear maps, norms, MLPs, positions, embeddings."""
 
+from attnjax.nn.batch_norm import batch_norm, batch_statistics
 from attnjax.nn.dropout import drop_path, dropout
 from attnjax.nn.embedding import Embedding
 from attnjax.nn.grid_positions import (
@@ -37,6 +38,8 @@ __all__ = [
     "alibi_slopes",
     "apply_rope",
     "axes_apart",
+    "batch_norm",
+    "batch_statistics",
     "buffer",
     "drop_path",
     "dropout",

@@ -285,6 +285,50 @@ def test_the_head_starts_at_zero_or_small():
         assert spread == pytest.approx(8**-0.5, rel=0.3)
 
 
+def test_a_class_token_that_nothing_pools_stays_in_the_encoder():
+    """So a probe reads the patches of a model that was trained on its class token."""
+    trained = make(registers=1)
+    probe = make(registers=1, class_token=True, pool="attentive", pool_queries=4)
+    params, buffers = start(probe)
+    own = {name: params[name] for name in jax.eval_shape(trained.init, 0)[0]}
+    images = images_of()
+
+    def tokens(model, params):
+        ctx = model.context(batch=B)
+        call = jax.jit(lambda p, x: model.hidden(p, buffers, x, ctx)[0])
+        return call(params, images)
+
+    np.testing.assert_array_equal(tokens(probe, params), tokens(trained, own))
+
+
+def test_a_normed_head_reads_the_batch_in_training_and_its_memory_after():
+    model = make(head_norm="batch", num_layers=1)
+    params, buffers = start(model)
+    buffers["head_norm"] = nn.batch_statistics(16)
+    images = images_of(batch=6)
+
+    @jax.jit
+    def call(params, buffers, images):
+        results = []
+        for train in (True, False):
+            ctx = model.context(batch=6, prng_key=jax.random.key(0), train=train)
+            pooled, _ = model.features(params, buffers, images, ctx)
+            logits, out = model.logits(params, buffers, images, ctx)
+            results.append((pooled, logits, out.buffers))
+        return results
+
+    (pooled, trained, after), (_, evaluated, same) = call(params, buffers, images)
+    assert jax.tree.structure(after) == jax.tree.structure(
+        jax.eval_shape(model.init, 0)[1]
+    )
+    head = params["head"]
+    for logits, running, train in ((trained, after, True), (evaluated, same, False)):
+        normed, wanted = nn.batch_norm(pooled, buffers["head_norm"], train=train)
+        np.testing.assert_allclose(logits, affine(normed, head), atol=1e-4)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(running["head_norm"][name], value, atol=1e-5)
+
+
 # ---- images of another size than the positions'
 
 
@@ -355,6 +399,9 @@ def test_a_size_gives_what_is_not_given_itself():
     assert (config.embed_dim, config.num_heads) == (384, 6)
     assert (config.num_layers, config.patch_size) == (6, 2)
     assert vit.resolve(filled) == filled
+    listed = dict(size="S/4", layers=["attention"] * 5)
+    config = vit.sized(schema.build(vit.Config, vit.resolve(listed)))
+    assert (config.num_layers, len(config.layers)) == (None, 5)
     other = vit.resolve(filled | {"size": "B/4"})
     assert vit.sized(schema.build(vit.Config, other)).embed_dim == 768
 
@@ -519,6 +566,10 @@ def test_a_mixer_that_is_only_causal_is_refused_when_the_config_is_read():
         ({"drop_path": 1.0}, r"config.model.drop_path: must be in \[0, 1\); got 1"),
         ({"head_std": -1.0}, "config.model.head_std: must be at least 0"),
         ({"head_hidden": 0}, "config.model.head_hidden: must be at least 1; got 0"),
+        (
+            {"class_token": False},
+            "pool=class_token reads it; got class_token=false. Set it to none",
+        ),
         ({"num_classes": 0}, "vit: num_classes must be at least 1; got num_classes=0"),
         (
             {"pool_queries": 4},
