@@ -64,18 +64,26 @@ CASES = {
         ),
         t=200,
     ),
-    "window after an offset, columns, distances, softplus": case(
+    "window after an offset, columns, distances, softplus, sharpened": case(
         kernels.AttentionSpec(
             mask=kernels.SlidingWindow(45),
             score=(COLUMN, kernels.RelativeBias(11)),
             weight_map=kernels.SoftplusL1(),
+            reweight=kernels.Sharpen(3),
         ),
         t=50,
         s=150,
         e=128,
     ),
-    "dk and dv apart, alibi, key mask": case(
-        kernels.AttentionSpec(mask=CAUSAL, score=kernels.ALiBi()), d=192, e=128
+    "dk and dv apart, alibi, key mask, clipped": case(
+        kernels.AttentionSpec(
+            mask=CAUSAL,
+            score=kernels.ALiBi(),
+            weight_map=kernels.Softmax("logit"),
+            reweight=kernels.Clip(-0.05, 1.1),
+        ),
+        d=192,
+        e=128,
     ),
 }
 
@@ -105,6 +113,8 @@ def inputs(spec, dtype, sizes):
         )[None],
         "alibi_slopes": 0.1 * normal(h),
         "relative_bias": normal(h, 75) if t == s else normal(1, 23),
+        "visible_keys": 5 + jnp.abs(normal(b, h, t)),
+        "sharpen_offset": jnp.abs(normal(1, 1, t)),
         "head_scale": normal(h),
         "head_norm": normal(h, e),
         "output_gate": normal(b, t, h),
@@ -123,9 +133,7 @@ def inputs(spec, dtype, sizes):
 
 def value_and_grads(run, spec, target, qkv, operands, cotangents):
     """Output, log-sum, and gradients of a random projection of both."""
-    trained = {
-        n: x for n, x in operands.items() if jnp.issubdtype(x.dtype, jnp.inexact)
-    }
+    trained = {x.name: operands[x.name] for x in spec.operands if x.trains}
 
     @jax.jit
     def everything(qkv, trained):

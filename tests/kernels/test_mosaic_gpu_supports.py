@@ -55,13 +55,31 @@ class Sorted(kernels.EpilogueStep):
         return jnp.sort(o, axis=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class SortedWeights(kernels.Reweight):
+    def apply(self, p, peak, tile):
+        return jnp.sort(p, axis=-1)
+
+    def slope(self, p, peak, tile):
+        return p
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPosition(kernels.Reweight):
+    def apply(self, p, peak, tile):
+        return p * tile.q.astype(p.dtype)
+
+    def slope(self, p, peak, tile):
+        return p
+
+
 def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
     dtype, target = more.pop("dtype", jnp.bfloat16), more.pop("target", H200)
     given = jax.ShapeDtypeStruct
     qkv = [
         given(shape, dtype) for shape in ((b, t, h, d), (b, s, kv, d), (b, s, kv, e))
     ]
-    whole = ("segment_ids", "prefix_len", "offset", "positions")
+    whole = ("segment_ids", "prefix_len", "q_offset", "positions")
     pool = {
         name: given(shape, jnp.int32 if name.endswith(whole) else jnp.float32)
         for name, shape in {
@@ -75,6 +93,8 @@ def request_of(spec, *, b=2, t=256, s=256, h=4, kv=2, d=64, e=64, **more):
             "column": (b, h, s),
             "table": (7,),
             "relative_bias": (h, 7),
+            "visible_keys": (1, 1, t),
+            "sharpen_offset": (b, h, t),
             "head_norm": (h, e),
             "head_scale": (h,),
             "output_gate": (b, t, h, e),
@@ -98,9 +118,14 @@ REFUSED = {
     ),
     "float32": ("bfloat16 or all float16", AttentionSpec(), {"dtype": jnp.float32}),
     "wide heads": ("at most 256, not D=320, E=64", AttentionSpec(), {"d": 320}),
-    "two passes": (
-        "makes one pass over the keys",
-        AttentionSpec(reweight=kernels.Clip()),
+    "a second pass that sorts": (
+        "cannot lower 'sort', which reweight=SortedWeights()",
+        AttentionSpec(reweight=SortedWeights()),
+        {},
+    ),
+    "a second pass by position": (
+        "gives reweight=ByPosition() one head's tile [t, s], on which it fails",
+        AttentionSpec(reweight=ByPosition()),
         {},
     ),
     "a table": (
@@ -218,6 +243,25 @@ LOWERED = {
         AttentionSpec(CAUSAL, score=(kernels.SoftCap(9.0), kernels.RelativeBias(3))),
         {},
     ),
+    "clipped, gated": (
+        AttentionSpec(
+            CAUSAL,
+            reweight=kernels.Clip(-0.1, 1.1),
+            epilogue=kernels.OutputGate(),
+            weight_map=kernels.Softmax("logit"),
+        ),
+        {},
+    ),
+    "sharpened": (
+        AttentionSpec(
+            CAUSAL, weight_map=kernels.SoftplusL1(), reweight=kernels.Sharpen(15)
+        ),
+        {"d": 192, "e": 128, "kv": 4},
+    ),
+    "clipped, elementwise": (
+        AttentionSpec(weight_map=kernels.Sigmoid(-2.0), reweight=kernels.Clip()),
+        {},
+    ),
     "rows and columns": (AttentionSpec(CAUSAL, score=SWISHED), {}),
     "sigmoid": (AttentionSpec(CAUSAL, weight_map=kernels.Sigmoid(-2.0)), {}),
     "softplus": (AttentionSpec(CAUSAL, weight_map=kernels.SoftplusL1()), {}),
@@ -269,7 +313,11 @@ def test_forward_and_backward_lower_for_cuda(name):
     joint = tiles.joint_dkv(
         *(tiles.padded_dim(LOWERED[name][1].get(x, 64)) for x in "de")
     )
-    assert len(calls) == (3 if joint else 4) + (name == "distances")
+    spec = LOWERED[name][0]
+    more = name == "distances"
+    if spec.reweight is not None:
+        more = 1 + spec.weight_map.needs_sum
+    assert len(calls) == (3 if joint else 4) + more
 
 
 @pytest.mark.pallas

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from attnjax.kernels import epilogue, fold, tile_math, tiles
 from attnjax.kernels.mosaic_gpu import (
+    again,
     backward,
     by_blocks,
     decode,
@@ -57,9 +58,9 @@ class Call:
         """D and E as the kernels see them."""
         return padded_dim(self.request.head_dim), padded_dim(self.request.value_dim)
 
-    def plan(self, kernel: str, operands: Arrays):
+    def plan(self, kernel: str, operands: Arrays, *, late: bool = True):
         """Plan of "forward", "dq", "dkv", "dk" or "dv", with the arrays that its steps
-        and hooks take, those of a forward kernel's epilogue included."""
+        and hooks take, with `late` those of a forward kernel's epilogue included."""
         narrow = by_blocks.narrow(self.request.spec.mask)
         if kernel == "forward":
             chosen = forward_tiles(*self.dims, narrow=narrow)
@@ -80,12 +81,12 @@ class Call:
         found, step_arrays = steps.make_steps(grid, padded)
         held, arrays = hooks.hold(grid, padded)
         count = len(step_arrays)
-        late = ()
-        if kernel == "forward" and self.request.spec.epilogue:
-            dtype = jnp.dtype(self.request.dtypes[0])
-            late, more = finish.hold(self.request, sizes, grid.q_len, operands, dtype)
+        held_late = ()
+        if late and kernel == "forward" and self.request.spec.epilogue:
+            given = (self.request, sizes, grid.q_len, operands)
+            held_late, more = finish.hold(*given, jnp.dtype(self.request.dtypes[0]))
             arrays = [*arrays, *more]
-        plan = Plan(grid, found, sizes, held, count, self.interpret, late)
+        plan = Plan(grid, found, sizes, held, count, self.interpret, held_late)
         return plan, step_arrays, arrays
 
 
@@ -117,7 +118,8 @@ def _pad_rows(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
-    return _compute(call, q, k, v, {**trained, **fixed}, keep=False)[:2]
+    out, lse, _ = _compute(call, q, k, v, {**trained, **fixed}, keep=False)
+    return out, _given_back(call, lse)
 
 
 def _attend_fwd(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
@@ -125,7 +127,12 @@ def _attend_fwd(call: Call, q, k, v, trained: Arrays, fixed: Arrays):
     # cost one more pass over memory; made again they would cost the whole forward pass.
     operands = {**trained, **fixed}
     out, lse, core = _compute(call, q, k, v, operands, keep=True)
-    return (out, lse), (q, k, v, trained, fixed, core, lse)
+    return (out, _given_back(call, lse)), (q, k, v, trained, fixed, core, lse)
+
+
+def _given_back(call: Call, lse):
+    """The log-sum, which rows that are taken again do not have."""
+    return lse if call.request.spec.reweight is None else None
 
 
 def _compute(call: Call, q, k, v, operands: Arrays, *, keep: bool):
@@ -151,33 +158,68 @@ def _with_epilogue(request: Request, core: jax.Array, operands: Arrays) -> jax.A
 
 
 def _run_forward(call: Call, q, k, v, operands: Arrays, *, keep: bool = False):
-    """Output [B, T, H, E], log-sum [B, T, H] or None, and with `keep` the output
-    before the epilogue."""
+    """Output [B, T, H, E], what is known of rows, and with `keep` the output before
+    the epilogue.
+
+    Rows: log-sum [B, T, H] or None; with `reweight` by name [B, H, T], padded.
+    """
     request = call.request
     plan, *arrays = call.plan("forward", operands)
     keep = keep and bool(request.spec.epilogue)
-    found = forward.forward(plan, _pad(q), _pad(k), _pad(v), *arrays, keep=keep)
-    out, lse, core = found
-    out = out[:, : request.q_len, :, : request.value_dim]
-    if lse is not None:
-        lse = jnp.swapaxes(lse[:, :, : request.q_len], 1, 2)
-    if core is None:
+    inputs = {"q": _pad(q), "k": _pad(k), "v": _pad(v)}
+    if request.spec.reweight is None:
+        found = forward.forward(plan, inputs, *arrays, keep=keep)
+        lse = found.get("lse")
+        if lse is not None:
+            lse = jnp.swapaxes(lse[:, :, : request.q_len], 1, 2)
+    else:
+        first, *more = call.plan("forward", operands, late=False)
+        lse = again.statistics(first, inputs["q"], inputs["k"], *more)
+        inputs |= _finished_rows(request, lse)
+        found = forward.forward(
+            plan, inputs, *arrays, keep=keep, kind=again.SecondBlock
+        )
+        lse |= {name: found[name] for name in ("factor",) if name in found}
+    out = found["out"][:, : request.q_len, :, : request.value_dim]
+    if "core" not in found:
         return out, lse, out
-    return out, lse, core[:, : request.q_len, :, : request.value_dim]
+    return out, lse, found["core"][:, : request.q_len, :, : request.value_dim]
+
+
+def _finished_rows(request: Request, stats: Arrays) -> dict[str, jax.Array]:
+    """What makes weights of a row's scores again: "shift" or "unit", and "peak"."""
+    weight_map, found = request.spec.weight_map, {"peak": stats["peak"]}
+    if weight_map.needs_sum:
+        found |= _shift_or_unit(weight_map, stats["lse"])
+    return found
+
+
+def _shift_or_unit(weight_map, lse: jax.Array) -> dict[str, jax.Array]:
+    # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
+    shift = jnp.where(lse == -jnp.inf, 0.0, lse)
+    if not weight_map.exponential:
+        return {"unit": jnp.exp(-shift)}
+    return {"shift": shift * rows.LOG2E if rows.in_base2(weight_map) else shift}
 
 
 def _attend_bwd(call: Call, residuals, cotangents):
     q, k, v, trained, fixed, core, lse = residuals
     request, operands = call.request, {**trained, **fixed}
     cotangents, d_late = _before_epilogue(call, operands, core, cotangents)
-    row_arrays, d_trained = _row_arrays(call, operands, core, lse, cotangents)
-    d_trained |= d_late
-    d_out = row_arrays.pop("d_out")
-    inputs = {"q": q, "k": k, "v": v, "d_out": d_out}
-    inputs = {name: _pad(x) for name, x in inputs.items()}
-    inputs |= {name: _pad_rows(x) for name, x in row_arrays.items()}
-
+    inputs = {"q": q, "k": k, "v": v}
     plan, *arrays = call.plan("dq", operands)
+    if request.spec.reweight is None:
+        row_arrays, d_trained = _row_arrays(call, operands, core, lse, cotangents)
+        inputs["d_out"] = row_arrays.pop("d_out")
+        inputs = {name: _pad(x) for name, x in inputs.items()}
+        inputs |= {name: _pad_rows(x) for name, x in row_arrays.items()}
+    else:
+        inputs["d_out"] = cotangents[0]
+        inputs = {name: _pad(x) for name, x in inputs.items()}
+        rows_again = _rows_again(plan, operands, lse, (inputs, _pad(core)), arrays)
+        row_arrays, d_trained = rows_again
+        inputs |= row_arrays
+    d_trained |= d_late
     d_q, sums, whole = backward.query_gradients(plan, inputs, *arrays)
     d_trained |= _table_gradients(call, plan, inputs, operands, sums)
     for name, x in sums.items():
@@ -260,15 +302,33 @@ def _row_arrays(call: Call, operands: Arrays, out, lse, cotangents):
     d_sum = d_lse.astype(jnp.float32) - delta
     per_head = (jnp.swapaxes(x, 1, 2)[..., None] for x in (lse, d_sum))
     grads = tile_math.sink_gradient(request.spec, operands, *per_head)
-    # Rows that see nothing: exp(LOW - 0) is 0, exp(LOW - (-inf)) would not be.
-    shift = jnp.where(lse == -jnp.inf, 0.0, lse)
+    found = _shift_or_unit(weight_map, lse)
     if weight_map.exponential:
-        base2 = rows.in_base2(weight_map)
-        shift = shift * rows.LOG2E if base2 else shift
-        return {"d_out": d_out, "d_sum": d_sum, "shift": shift}, grads
-    factor = jnp.exp(-shift)
+        return {"d_out": d_out, "d_sum": d_sum, **found}, grads
+    factor = found["unit"]
     d_out = (d_out.astype(jnp.float32) * factor[..., None]).astype(d_out.dtype)
     return {"d_out": d_out, "d_sum": d_sum * factor}, grads
+
+
+def _rows_again(plan: Plan, operands: Arrays, stats: Arrays, padded, arrays):
+    """As `_row_arrays`, [B, H, T] with padding, for rows that are taken again.
+
+    Args:
+        plan, arrays: of the dq kernel.
+        padded: (q, k, v and d_out by name, the output before the epilogue).
+    """
+    spec, (inputs, core) = plan.grid.request.spec, padded
+    found = _finished_rows(plan.grid.request, stats)
+    if spec.reweight.needs_sum:
+        d_out = inputs["d_out"].astype(jnp.float32)
+        delta = jnp.sum(d_out * core.astype(jnp.float32), axis=-1)
+        found |= {"factor": stats["factor"], "delta": jnp.swapaxes(delta, 1, 2)}
+    if not spec.weight_map.needs_sum:
+        return found, {}
+    d_sum = again.sum_cotangents(plan, inputs | found, *arrays)
+    rows = (stats["lse"][..., None], d_sum[..., None])
+    rows = (x[:, :, : plan.grid.request.q_len] for x in rows)
+    return found | {"d_sum": d_sum}, tile_math.sink_gradient(spec, operands, *rows)
 
 
 def _sum_to(x: jax.Array, call: Call, name: str, operand: jax.Array) -> jax.Array:

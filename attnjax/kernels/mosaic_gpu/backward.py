@@ -17,22 +17,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attnjax.kernels.compat import type_like
 from attnjax.kernels.mosaic_gpu import distances, launch
 from attnjax.kernels.mosaic_gpu.block import Block, Plan
+from attnjax.kernels.mosaic_gpu.second import Second
+from attnjax.kernels.mosaic_gpu.shim import Machine
 from attnjax.kernels.mosaic_gpu.tiles import BLOCK, COMPUTE_WARPGROUPS, ROWS
 
 Arrays = Mapping[str, jax.Array]
 OWN = (COMPUTE_WARPGROUPS, ROWS)
+# What the kernels take of rows, where the spec has it: the shift of exponentials and
+# the cotangent of the row's sum; and of rows that are taken again the factors that
+# finish their weights before and after, the largest one, and what is subtracted of dp.
+WEIGHT_ROWS = ("shift", "unit", "peak", "factor")
+ROW_NAMES = (*WEIGHT_ROWS, "delta", "d_sum")
 
 
 def row_names(arrays: Iterable[str]) -> list[str]:
-    """Row statistics among the inputs: "shift" and "d_sum", where the map has them."""
-    return [name for name in ("shift", "d_sum") if name in arrays]
+    """Row statistics among the inputs."""
+    return [name for name in ROW_NAMES if name in arrays]
 
 
 def query_gradients(plan: Plan, arrays: Arrays, step_arrays, operands):
     """dq [B, T, H, D] without the scale, and row sums of operand cotangents.
 
     Args:
-        arrays: q, k, v, d_out, padded; "shift" and "d_sum" [B, H, T].
+        arrays: q, k, v, d_out, padded; those of `ROW_NAMES` [B, H, T].
 
     Returns:
         dq in q's dtype; {operand: float32 [B, H, T]}, for each operand that is summed
@@ -61,7 +68,7 @@ def query_gradients(plan: Plan, arrays: Arrays, step_arrays, operands):
     }
 
     def attention_dq(*refs, **memory):
-        _QueryBlock(plan, names, refs, memory).run()
+        QueryBlock(plan, names, refs, memory).run()
 
     out = launch.kernel(
         attention_dq,
@@ -98,10 +105,18 @@ class GradientBlock(Block):
             tile, mask = hooks.place(numbers, raw.shape, *place)
         s, pull = hooks.score_pull(raw, tile)
         s = hooks.hide(s, mask)
-        shift, d_sum = rows.get("shift"), rows.get("d_sum")
+        shift = rows.get("shift")
         u, _ = self.rows.weigh(s, shift, axis, mask)
+        weights = u
+        if spec.reweight is not None:
+            first = self.first_row(n, head=hooks.head[1]) if axis else own_first
+            second = Second(self.rows, hooks, axis, first, rows)
+            weights = second.weights(u)
 
         def cotangents(dp):
+            d_sum = rows.get("d_sum")
+            if spec.reweight is not None:
+                dp, d_sum = second.cotangents(u, dp, d_sum)
             d_s = self.rows.cotangent(s, u, shift, axis, mask, dp, d_sum)
             d_raw, d_operands = pull(d_s)
             if mask is not None and spec.score:
@@ -112,15 +127,19 @@ class GradientBlock(Block):
                 }
             return d_raw, d_operands
 
-        return u, cotangents
+        return weights, cotangents
 
 
-class _QueryBlock(GradientBlock):
+class QueryBlock(GradientBlock):
+    """128 queries of one head over all keys."""
+
     @property
     def streams(self):
+        """Tiles of keys and of their values."""
         return {name: (self.inputs[name], False) for name in ("k", "v")}
 
     def streamed_head(self, turn):
+        """The query head's key/value head."""
         del turn
         return jax.lax.div(self.head, jnp.int32(self.group))
 
@@ -130,17 +149,7 @@ class _QueryBlock(GradientBlock):
         first = self.own_first()
         span = pl.ds(first, ROWS)
         where = (self.batch, span, self.head)
-        tiles = {}
-        for name in ("q", "d_out"):
-            tiles[name] = x[f"{name}_tiles"].at[wg]
-            ready = x["own_ready"].at[wg]
-            self.load_own(self.inputs[name], where, tiles[name], ready)
-        rows = {}
-        for name in row_names(self.inputs):
-            memory, ready = x[f"{name}_rows"].at[wg], x["own_ready"].at[wg]
-            source = (self.batch, self.head, span)
-            self.load_own(self.inputs[name], source, memory, ready)
-            rows[name] = self.machine.vector(memory, (), 0)
+        tiles, rows = self.load_rows(wg, span)
         hooks = self.hooks(self.head)
         numbers = hooks.numbers()
         sums, windows, whole = _gradient_names(self.plan)
@@ -186,6 +195,19 @@ class _QueryBlock(GradientBlock):
             plgpu.copy_smem_to_gmem(x[f"{name}_rows"].at[wg], target)
         plgpu.wait_smem_to_gmem(0)
 
+    def load_rows(self, wg, span):
+        """(q's and d_out's tiles of the warpgroup's rows, what is known of rows)."""
+        x, tiles, rows = self.scratch, {}, {}
+        for name in ("q", "d_out"):
+            tiles[name] = x[f"{name}_tiles"].at[wg]
+            where = (self.batch, span, self.head)
+            self.load_own(self.inputs[name], where, tiles[name], x["own_ready"].at[wg])
+        for name in row_names(self.inputs):
+            memory, source = x[f"{name}_rows"].at[wg], (self.batch, self.head, span)
+            self.load_own(self.inputs[name], source, memory, x["own_ready"].at[wg])
+            rows[name] = self.machine.vector(memory, (), 0)
+        return tiles, rows
+
     def _beyond(self, hooks, name, n, d_tile):
         """What a tile adds to the rows beyond the reach of a table, up and down."""
         reach = next(x.reach for x in self.plan.held if x.name == name)
@@ -206,7 +228,7 @@ def key_gradients(plan: Plan, arrays: Arrays, step_arrays, operands, *, wanted):
         {name: gradient in k's dtype}, and {operand: float32 [B, H, S]} for operands
         that are summed over queries, with "dk".
     """
-    rows = [n for n in row_names(arrays) if n == "shift" or "dk" in wanted]
+    rows = [n for n in row_names(arrays) if n in WEIGHT_ROWS or "dk" in wanted]
     names = ("k", "v", "q", "d_out", *rows)
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     b, s, kv_heads, d = k.shape
@@ -259,9 +281,8 @@ class _KeyBlock(GradientBlock):
 
     @property
     def streams(self):
-        vectors = ("shift", "d_sum")
         names = ("q", "d_out", *row_names(self.inputs))
-        return {name: (self.inputs[name], name in vectors) for name in names}
+        return {name: (self.inputs[name], name in ROW_NAMES) for name in names}
 
     def query_head(self, turn):
         return self.head * self.group + turn
@@ -328,8 +349,12 @@ class _KeyBlock(GradientBlock):
         slot, dtype = self.slot(before + n), self.inputs["k"].dtype
         q_tile = self.wait("q", slot)
         products = self.machine.product(own["k"], q_tile)
+        names, again = row_names(self.inputs), self.request.spec.reweight is not None
         rows = {}
-        for name in row_names(self.inputs):
+        if again:
+            memory = {name: self.wait(name, slot) for name in names}
+            rows = _WhenRead(self.machine, memory)
+        for name in () if again else names:
             rows[name] = self.machine.vector(self.wait(name, slot), (), 1)
             self.free(name, slot)
         u, cotangents = self.weights(
@@ -349,6 +374,28 @@ class _KeyBlock(GradientBlock):
             )
             d_raw = d_raw.astype(dtype)
             found["dk"] = self.machine.accumulate(found["dk"], d_raw, q_tile)
+        for name in names if again else ():
+            self.free(name, slot)
         self.free("d_out", slot)
         self.free("q", slot)
         return tuple(found[name] for name in self.wanted), totals
+
+
+class _WhenRead(Mapping):
+    """Vectors along the columns of a tile, which take a quarter of its registers each:
+    loaded anew whenever one is read, so that none is held for later."""
+
+    def __init__(self, machine: Machine, memory: Mapping):
+        self.machine, self.memory = machine, memory
+
+    def __getitem__(self, name):
+        return self.machine.vector(self.memory[name], (), 1)
+
+    def __iter__(self):
+        return iter(self.memory)
+
+    def __len__(self):
+        return len(self.memory)
+
+    def __contains__(self, name):
+        return name in self.memory

@@ -215,6 +215,17 @@ class Block:
         plgpu.copy_gmem_to_smem(source.at[index], tile, ready)
         plgpu.barrier_wait(ready)
 
+    def store_rows(self, refs, found, span) -> None:
+        """Write vectors of the warpgroup's rows to [B, H, T] by name."""
+        wg, x = jax.lax.axis_index("wg"), self.scratch
+        for name, vector in found.items():
+            x[f"{name}_rows"].at[wg][...] = vector
+        plgpu.commit_smem()
+        for name in found:
+            target = refs[name].at[self.batch, self.head, span]
+            plgpu.copy_smem_to_gmem(x[f"{name}_rows"].at[wg], target)
+        plgpu.wait_smem_to_gmem(0)
+
     def over_steps(self, step, carry, bounds=None):
         """Run `step(n, carry, masked=...)` over full tiles, then over the others."""
         num_full, num_steps = bounds or (self.num_full, self.num_steps)

@@ -24,7 +24,7 @@ def num_parts(request: Request) -> int:
     few = request.q_len <= MOST_QUERIES and request.q_len * group <= BLOCK
     whole = request.kv_len % BLOCK == 0 and request.kv_len >= FEWEST_KEYS
     tables = any(x.axes == "*" for x in request.spec.operands)
-    if not few or not whole or tables:
+    if not few or not whole or tables or request.spec.reweight is not None:
         return 0
     choices = [
         n

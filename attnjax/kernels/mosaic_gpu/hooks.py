@@ -190,6 +190,22 @@ class Hooks:
             value = self.machine.spread(value, shape, axis)
         return value != 0 if x.is_bool else value
 
+    def thin(self, name: str, shape, axis: int, first):
+        """An operand of rows as `thin.evaluate` takes it: (its shape, its values).
+
+        Args:
+            axis: along which rows run; `first` is the tile's first one.
+        """
+        x = next(x for x in self.held if x.name == name)
+        if x.kind == "number":
+            return (1, 1), self._read(x, None, None)
+        ref = self.refs[self.held.index(x)]
+        b = self.head[0] if x.per_batch else 0
+        h = self.head[1] if x.per_head else 0
+        span = pl.ds(first, shape[axis])
+        one = (shape[0], 1) if axis == 0 else (1, shape[1])
+        return one, self.machine.vector(ref, (b, h, span), axis)
+
     def _look_up(self, shape, q_first, k_first, mask: Mask):
         """Whether the block that holds the tile is seen: blocks are whole tiles."""
         names = {node: name for name, node in block_lists(self._mask).items()}

@@ -14,13 +14,14 @@ from attnjax.kernels.mosaic_gpu import by_blocks, distances, finish, thin
 from attnjax.kernels.mosaic_gpu.inline import WRAPPERS
 from attnjax.kernels.mosaic_gpu.tiles import MAX_DIM
 from attnjax.kernels.request import Request
+from attnjax.kernels.reweight import Reweight
 from attnjax.kernels.spec import AttentionSpec
 from attnjax.kernels.target import Target
 from attnjax.kernels.weight_maps import WeightMap
 
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 # Fields of a spec that the kernels know; another one must keep its default.
-FIELDS = {"mask", "scale", "score", "weight_map", "return_lse", "epilogue"}
+FIELDS = {"mask", "scale", "score", "weight_map", "return_lse", "epilogue", "reweight"}
 # What Mosaic GPU lowers, in lane semantics, on tiles in registers (jax 0.10); a test
 # compares it with jax's own table.
 _LOWERED = """
@@ -72,8 +73,6 @@ def _arrays(request: Request) -> str | None:
 
 def _fields(request: Request) -> str | None:
     spec = request.spec
-    if spec.reweight is not None:
-        return f"makes one pass over the keys; reweight={spec.reweight!r} needs two"
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if field.name not in FIELDS and value != field.default:
@@ -105,11 +104,12 @@ def _lacking(spec: AttentionSpec, shapes) -> str | None:
         "mask": lambda tile, s: by_blocks.seen(spec.mask, tile, lambda _: s > 0),
         "score": lambda tile, s: _with_gradient(spec, tile, s),
         "weight_map": lambda tile, s: _weighed(spec.weight_map, s),
+        "reweight": lambda tile, s: _taken_again(spec.reweight, tile, s),
     }
     for name, part in parts.items():
         try:
             jaxpr = jax.make_jaxpr(lambda part=part: part(*_example(spec, shapes)))()
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
             # A function that indexes the four axes [B, H, t, s] of its arguments.
             return (
                 f"gives {name}={getattr(spec, name)!r} one head's tile [t, s], on "
@@ -184,6 +184,16 @@ def _weighed(weight_map: WeightMap, s: jax.Array):
     ct = (s, s if weight_map.needs_sum else None)
     ds = tile_math.score_cotangent(weight_map, s, u, shift, s > 0, ct)
     return u, summed, ds
+
+
+def _taken_again(reweight: Reweight | None, tile: Tile, s: jax.Array):
+    if reweight is None:
+        return s
+    place = dict.fromkeys(("b", "h", "q", "k"))
+    operands = {x.name: tile.operands[x.name] for x in reweight.operands}
+    tile, peak = Tile(**place, operands=operands), jnp.zeros((2, 1), s.dtype)
+    fns = (reweight.apply, reweight.slope)
+    return [fn(s, peak, tile) for fn in fns], reweight.extra(peak, tile)
 
 
 def _primitives(jaxpr):

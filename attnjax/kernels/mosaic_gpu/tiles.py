@@ -55,9 +55,10 @@ def forward_bytes(tiles: Tiles, head_dim: int, value_dim: int) -> int:
 
 
 def backward_bytes(tiles: Tiles, head_dim: int, value_dim: int) -> int:
-    """Shared memory of a backward kernel in bytes: two owned and two streamed tiles."""
+    """Shared memory of a backward kernel in bytes: two owned and two streamed tiles,
+    and up to six numbers of each row."""
     rows = BLOCK + tiles.stages * tiles.step
-    return 2 * rows * (head_dim + value_dim) + 8 * rows
+    return 2 * rows * (head_dim + value_dim) + 24 * rows
 
 
 def _fitting(bytes_of, head_dim: int, value_dim: int, steps: tuple[int, ...]) -> Tiles:
@@ -89,7 +90,7 @@ def backward_tiles(head_dim: int, value_dim: int) -> Tiles:
 def diagonal_bytes(tiles: Tiles, head_dim: int, value_dim: int) -> int:
     """Shared memory of the kernel along diagonals in bytes: all of it is streamed."""
     rows = BLOCK + tiles.step
-    return tiles.stages * (2 * rows * (head_dim + value_dim) + 8 * BLOCK)
+    return tiles.stages * (2 * rows * (head_dim + value_dim) + 24 * BLOCK)
 
 
 def diagonal_tiles(tiles: Tiles, head_dim: int, value_dim: int) -> Tiles:
