@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core import schema
-from attnjax.core.config import apply_overrides, apply_values
 from attnjax.core.context import Context
 from attnjax.core.errors import UserError
 from attnjax.data import tokenizers
@@ -246,10 +245,7 @@ def _changed(config: dict, source: Layout, overrides, keep_layers) -> dict:
         mixers = {k: v for k, v in config["model"]["mixers"].items() if k in names}
         model = {"layers": names, "num_layers": None, "mixers": mixers}
         config = {**config, "model": {**config["model"], **model}}
-    for dotted, value in overrides:
-        apply = apply_overrides if isinstance(value, str) else apply_values
-        config = apply(config, [(dotted, value)])
-    return experiment.resolve(config)
+    return experiment.changed(config, overrides)
 
 
 def _relaid(params, buffers, source: Layout, model, keep_layers) -> tuple[dict, dict]:
@@ -272,7 +268,7 @@ def _relaid(params, buffers, source: Layout, model, keep_layers) -> tuple[dict, 
         for name, start in buffers.get("streams", {}).items()
         if name in wanted_arrays[1]["streams"]
     }
-    buffers = {"layers": layers, "streams": streams}
+    buffers = {**buffers, "layers": layers, "streams": streams}
     have = state_tree.signature(state_tree.named((params, buffers)))
     want = state_tree.signature(state_tree.named(wanted_arrays))
     lines = state_tree.differences(have, want)

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.studies.places import evaluations_path
@@ -76,7 +75,7 @@ def check(wanted: Sequence[Evaluation], config: dict) -> None:
             )
     for one in wanted:
         try:
-            experiment.resolve(configs.apply_values(config, one.overrides.items()))
+            experiment.changed(config, tuple(one.overrides.items()))
         except UserError as error:
             raise UserError(f"evaluation {one.name}: {error}") from None
 

@@ -5,12 +5,13 @@ it alone.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from attnjax.core import schema
+from attnjax.core.config import apply_overrides, apply_values
 from attnjax.core.errors import UserError, unknown
 from attnjax.models import conversions
 from attnjax.training import feeds, optimizers, sharding
@@ -76,6 +77,30 @@ def resolve(given: dict) -> dict:
     )
     _check(config)
     return config
+
+
+def changed(config: dict, overrides: Sequence[tuple[str, Any]]) -> dict:
+    """A resolved config with other values at dotted keys, resolved again.
+
+    Another source of data keeps those settings of the former that it has too.
+
+    Args:
+        config: resolved.
+        overrides: (dotted key, value); texts are read as on a command line.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    name = str(dict(overrides).get("data.name", config["data"]["name"]))
+    if name != config["data"]["name"]:
+        source = feeds.feed_class(config["model"]).data_class(name)
+        known = {field.name for field in dataclasses.fields(source)}
+        kept = {k: v for k, v in config["data"].items() if k in known}
+        config = {**config, "data": kept}
+    for dotted, value in overrides:
+        apply = apply_overrides if isinstance(value, str) else apply_values
+        config = apply(config, [(dotted, value)])
+    return resolve(config)
 
 
 def _check(config: dict) -> None:

@@ -199,6 +199,12 @@ def test_evaluate_at_another_size_needs_resampled_positions(
     assert np.isfinite(found["loss"])
 
 
+def test_evaluate_on_other_classes_is_refused(run, told):
+    other = ["--config.data.name=glyphs", "--config.data.chars=abc"]
+    words = told(evaluate.main, "--workdir", run, *other)
+    assert "the classes of glyphs must be those of the run; got 3 (a, b, c)" in words
+
+
 def test_a_loaded_run_names_images(run):
     loaded = attnjax.load(run)
     images = np.zeros((3, 8, 8, 1), np.float32)

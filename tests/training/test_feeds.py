@@ -9,7 +9,7 @@ import pytest
 from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
-from attnjax.training import experiment, feeds
+from attnjax.training import experiment, feeds, loop
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
@@ -64,6 +64,37 @@ def test_a_model_keeps_the_sizes_of_its_data(made, kind, sizes):
     model = experiment.build_model(feed.config, {**sizes, "step": 7, "layout": {}})
     assert feed.sizes_of(model) == sizes
     assert feed.row_flops(model) > 0
+
+
+@pytest.mark.parametrize("kind", ["lm", "vit"])
+def test_micro_batches_are_the_parts_of_a_batch(made, kind):
+    found = []
+    for accumulate in (1, 2):
+        train = {"batch_size": 6, "accumulate": accumulate}
+        config = experiment.resolve(made[kind].config | {"train": train})
+        here = experiment.build(config, devices=jax.devices()[:1])
+        found.append(loop.build_batch(here, 1))
+    for name, whole in found[0].items():
+        assert found[1][name].shape == (2, 3, *whole.shape[1:])
+        np.testing.assert_array_equal(found[1][name].reshape(whole.shape), whole)
+
+
+def test_another_source_keeps_the_settings_that_it_knows(made):
+    config = experiment.resolve(
+        configs.apply_values(
+            made["vit"].config,
+            [("data.image_size", 12), ("data.eval_fraction", 0.4)],
+        )
+    )
+    changed = experiment.changed(config, [("data.name", "glyphs")])
+    assert changed["data"]["image_size"] == 12
+    assert changed["data"]["augment"] == config["data"]["augment"]
+    assert "eval_fraction" not in changed["data"]
+    # What is given beside the name is not left out.
+    with pytest.raises(UserError, match="config.data: unknown key 'eval_fraction'"):
+        experiment.changed(
+            config, [("data.name", "glyphs"), ("data.eval_fraction", "0.4")]
+        )
 
 
 def test_what_is_counted(made):
