@@ -208,7 +208,7 @@ class ImageFeed(Feed):
         disk.write_json(path / CLASSES, list(self.corpus.class_names))
 
     def check_source(self, path: Path) -> None:
-        """See `Feed`: what does not fit is left out, and the run says so."""
+        """See `Feed`: any classifier; arrays of one name must have one shape."""
 
     def check_run(self, path: Path) -> None:
         """See `Feed`: the classes must be the same."""
