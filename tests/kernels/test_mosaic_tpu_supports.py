@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from attnjax import kernels
 from attnjax.kernels import AttentionSpec, Target, mosaic_tpu
 from attnjax.kernels.block_plan import BlockPlan
-from attnjax.kernels.mosaic_tpu import blocks, layout, steps
+from attnjax.kernels.mosaic_tpu import blocks, layout, steps, tables
 
 TPU = Target("tpu", "TPU v5 lite")
 CAUSAL = AttentionSpec(mask=kernels.Causal())
@@ -276,10 +276,36 @@ def test_marked_blocks_are_the_only_ones_that_a_head_visits():
     ]
 
 
+@pytest.mark.parametrize("mask_q", [3, 8, 1])
+def test_marks_of_a_tile_are_those_of_the_array(mask_q):
+    """Block rows of one word, of two, and of as many as a tile has queries."""
+    length, size = 108, 18 if mask_q > 1 else 54
+    mask = kernels.BlockMask(mask_q, 5)
+    marks = np.random.default_rng(2).random((1, 4, -(-length // mask_q), 20)) < 0.5
+    request = request_of(AttentionSpec(mask=mask), {"block_mask": marks}, t=length)
+    plan = BlockPlan(request, size, size)
+    assert tables._in_one_word(plan, mask) == (mask_q == 8)
+    words = layout.arrange_operands(plan, {"block_mask": jnp.asarray(marks)})
+    words = words["block_mask"]
+    dense = np.zeros((length, length), bool)
+    seen = marks[0, 1].repeat(mask_q, 0)[:length].repeat(5, 1)
+    dense[:, : seen.shape[1]] = seen
+    for i, j in ((0, 0), (length // size - 1, 1), (1, length // size - 1)):
+        place = layout.Place(0, 1, jnp.int32(i), jnp.int32(j))
+        spec = tables.spec_of(plan, "block_mask", words.shape, lambda at=place: at)
+        b, h, n, _, column = spec.index_map()
+        part = words[b, h, n, :, int(column) * size : (int(column) + 1) * size]
+        q, k = layout._numbers(plan, place, False)
+        tile = kernels.Tile(0, 1, q, k, {"block_mask": part})
+        (found,) = tables.mark_tiles(plan, tile, place, swapped=False).values()
+        rows, columns = (slice(x * size, (x + 1) * size) for x in (i, j))
+        np.testing.assert_array_equal(found, dense[rows, columns])
+
+
 def test_lists_that_do_not_fit_the_scalar_memory_are_shared():
     spec = AttentionSpec(mask=kernels.BlockMask(1, 1))
-    marks = jnp.zeros((2, 4, 256, 256), bool).at[1, 2, 3, 5].set(True)
-    _, kinds = kinds_of(spec, {"block_mask": marks}, block=1, t=256)
+    marks = jnp.zeros((4, 4, 256, 256), bool).at[1, 2, 3, 5].set(True)
+    _, kinds = kinds_of(spec, {"block_mask": marks}, block=1, b=4, t=256)
     assert kinds.shape == (1, 1, 256, 256)
     assert (kinds[0, 0] != steps.EMPTY).sum() == 1
     assert kinds[0, 0, 3, 5] == steps.PARTIAL

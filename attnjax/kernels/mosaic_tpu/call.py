@@ -131,9 +131,8 @@ class Walk:
 
     def operand_specs(self, arranged: Arrays) -> dict[str, pl.BlockSpec]:
         """How arranged operands are cut."""
-        forms = layout.operand_forms(self.plan)
         return {
-            name: layout.operand_spec(self.plan, forms[name], x.shape, self.place)
+            name: layout.operand_spec(self.plan, name, x.shape, self.place)
             for name, x in arranged.items()
         }
 

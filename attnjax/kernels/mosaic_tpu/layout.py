@@ -112,16 +112,17 @@ def row_vectors(x: jax.Array, length: int) -> jax.Array:
     return pad_to(x, (*x.shape[:3], length))
 
 
-def operand_spec(plan: BlockPlan, form: str, shape, place) -> pl.BlockSpec:
+def operand_spec(plan: BlockPlan, name: str, shape, place) -> pl.BlockSpec:
     """How an arranged operand is cut.
 
     Args:
         place: (grid indices and the words' ref) -> `Place`.
     """
+    form = operand_forms(plan)[name]
     if form == "scalar":
         return pl.BlockSpec(memory_space=pltpu.SMEM)
     if form in ("diagonals", "marks"):
-        return tables.spec_of(plan, form, shape, place)
+        return tables.spec_of(plan, name, shape, place)
     sizes = {
         "row": (1, plan.block_q),
         "column": (1, plan.block_k),

@@ -26,8 +26,8 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 FIRST, LAST = 4, 8
 FLAG_BITS, INDEX_BITS = 4, 13
 MOST_BLOCKS = 2**INDEX_BITS
-# Words of all lists together: 256 KiB of scalar memory.
-MOST_WORDS = 2**16
+# Words of all lists together: half of the 1 MiB of scalar memory.
+MOST_WORDS = 2**17
 
 
 def kind_of(word):

@@ -4,8 +4,10 @@ diagonals  [B|1, H|1, R, L]: a bias along falling distances, all of it in VMEM. 
            rows of a tile are one line of block_q + block_k numbers, each rotated
            by one place more than the row before; its gradient goes back the same
            way, halving the rows, and is summed in VMEM over a head's whole walk.
-marks      int32 [B|1, H|1, N, W, S]: block rows as bits of a word of each key, N
-           blocks of queries (1 where positions are only known on the device)
+marks      int32 [B|1, H|1, N, W, S]: block rows as bits of W words of each key. A
+           tile whose block rows lie in one word has one of N words of all rows; else
+           there are W for each of N blocks of queries, or, where positions are only
+           known on the device, one N for all
 """
 
 import math
@@ -13,6 +15,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -107,19 +110,30 @@ def _queries_known(plan: BlockPlan) -> bool:
     return not {"q_offset", "q_positions"} & plan.request.operand_names
 
 
+def _rows_met(plan: BlockPlan, mask) -> np.ndarray:
+    """int [num_q, 2]: the first and the last block row that blocks of queries meet."""
+    first = np.arange(plan.num_q) * plan.block_q
+    return np.stack([first, first + plan.block_q - 1], axis=1) // mask.block_q
+
+
+def _in_one_word(plan: BlockPlan, mask) -> bool:
+    """Whether no block of queries meets block rows of two words."""
+    words = _rows_met(plan, mask) // look_ups.BITS
+    return _queries_known(plan) and bool((words[:, 0] == words[:, 1]).all())
+
+
 def _arrange_marks(plan: BlockPlan, name: str, operands: Arrays) -> jax.Array:
     mask = look_ups.masks_by_blocks(plan.request.spec)[name]
     table = look_ups.table_of(mask, operands)
-    if _queries_known(plan):
-        first = jnp.arange(plan.num_q, dtype=jnp.int32) * plan.block_q
-        most = 1 + max(
-            ((i + 1) * plan.block_q - 1) // mask.block_q
-            - i * plan.block_q // mask.block_q
-            for i in range(plan.num_q)
-        )
-        rows = (first // mask.block_q)[:, None] + jnp.arange(most, dtype=jnp.int32)
+    met = _rows_met(plan, mask)
+    if _in_one_word(plan, mask):
+        words = 1 + int(met.max()) // look_ups.BITS
+        rows = np.arange(words * look_ups.BITS).reshape(words, -1)
+    elif _queries_known(plan):
+        rows = met[:, :1] + np.arange(1 + int((met[:, 1] - met[:, 0]).max()))
     else:
-        rows = jnp.arange(table.shape[2], dtype=jnp.int32)[None]
+        rows = np.arange(table.shape[2])[None]
+    rows = jnp.asarray(rows, jnp.int32)
     keys = operands.get("k_positions")
     if keys is None:
         keys = jnp.arange(plan.request.kv_len, dtype=jnp.int32)[None]
@@ -129,17 +143,29 @@ def _arrange_marks(plan: BlockPlan, name: str, operands: Arrays) -> jax.Array:
     return look_ups.mark_words(table, rows, columns)
 
 
-def spec_of(plan: BlockPlan, form: str, shape, place) -> pl.BlockSpec:
+def _place_of_words(plan: BlockPlan, mask, i):
+    """Which of N a block of queries reads, and the block row of its first bit."""
+    if not _queries_known(plan):
+        return 0, 0
+    first = jax.lax.div(i * plan.block_q, jnp.int32(mask.block_q))
+    if _in_one_word(plan, mask):
+        word = jax.lax.div(first, jnp.int32(look_ups.BITS))
+        return word, word * look_ups.BITS
+    return i, first
+
+
+def spec_of(plan: BlockPlan, name: str, shape, place) -> pl.BlockSpec:
     """How an arranged table is cut; arguments as of `layout.operand_spec`."""
+    mask = look_ups.masks_by_blocks(plan.request.spec).get(name)
 
     def index(*grid):
         at = place(*grid)
         lead = at.b if shape[0] > 1 else 0, at.h if shape[1] > 1 else 0
-        if form == "diagonals":
+        if mask is None:
             return (*lead, 0, 0)
-        return (*lead, at.i if shape[2] > 1 else 0, 0, at.j)
+        return (*lead, _place_of_words(plan, mask, at.i)[0], 0, at.j)
 
-    if form == "diagonals":
+    if mask is None:
         return pl.BlockSpec((None, None, *shape[2:]), index)
     return pl.BlockSpec((None, None, None, shape[3], plan.block_k), index)
 
@@ -151,9 +177,7 @@ def mark_tiles(plan: BlockPlan, tile: Tile, place, *, swapped: bool) -> dict:
     for name, mask in masks.items():
         words = tile.operands[name]
         row, _ = look_ups.divide(tile.q, mask.block_q)
-        if _queries_known(plan):
-            first = place.i * plan.block_q
-            row = row - jax.lax.div(first, jnp.int32(mask.block_q))
+        row = row - _place_of_words(plan, mask, place.i)[1]
         hit = jnp.zeros((), jnp.int32)
         for n in range(words.shape[0]):
             word = words[n : n + 1]
