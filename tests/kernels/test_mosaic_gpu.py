@@ -7,6 +7,7 @@ import pytest
 
 from attnjax import kernels
 from attnjax.kernels import mosaic_gpu, reference
+from attnjax.kernels.mosaic_gpu import distances
 from attnjax.kernels.mosaic_gpu.tiles import Tiles
 
 pytestmark = pytest.mark.pallas
@@ -42,10 +43,10 @@ LOG = kernels.ScoreFn(log_distance, ("strength", "tilt"), ("head", "row"))
 COLUMN = kernels.ScoreFn(column_tilt, ("weight",), ("column",))
 CASES = {
     "causal over several tiles": case(kernels.AttentionSpec(CAUSAL), t=200, h=1),
-    "packed, log distance, learned sink": case(
+    "packed, log distance, distances, learned sink, gated": case(
         kernels.AttentionSpec(
             mask=CAUSAL & kernels.Segments(),
-            score=LOG,
+            score=(LOG, kernels.RelativeBias(5)),
             weight_map=kernels.Softmax("logit"),
             return_lse=True,
             epilogue=(kernels.HeadRMSNorm(0.1), kernels.OutputGate()),
@@ -112,7 +113,6 @@ def inputs(spec, dtype, sizes):
             bool,
         )[None],
         "alibi_slopes": 0.1 * normal(h),
-        "relative_bias": normal(h, 75) if t == s else normal(1, 23),
         "visible_keys": 5 + jnp.abs(normal(b, h, t)),
         "sharpen_offset": jnp.abs(normal(1, 1, t)),
         "head_scale": normal(h),
@@ -121,6 +121,9 @@ def inputs(spec, dtype, sizes):
     }
     if kernels.OutputGate() in spec.epilogue:
         pool["output_gate"] = normal(b, t, h, e, dtype=dtype)
+    for step in spec.score:
+        if isinstance(step, kernels.RelativeBias):
+            pool[step.name] = normal(h if t == s else 1, 2 * step.reach + 1)
     operands = {x.name: pool[x.name] for x in spec.operands}
     if t != s:
         operands["q_offset"] = jnp.int32(s - t - 3)
@@ -160,7 +163,9 @@ def widened(tree):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_equal_dense_float64_without_races(name, capsys):
+def test_kernels_equal_dense_float64_without_races(name, capsys, monkeypatch):
+    # Diagonals go through rows of the batch, as where there are many.
+    monkeypatch.setattr(distances, "ENOUGH_BLOCKS", 1)
     spec, dtype, sizes = CASES[name]
     given = inputs(spec, dtype, sizes)
     params = interpret_params.InterpretGPUParams(detect_races=True)

@@ -56,6 +56,18 @@ class Sorted(kernels.EpilogueStep):
 
 
 @dataclasses.dataclass(frozen=True)
+class OverQueries(kernels.EpilogueStep):
+    def apply(self, o, arrays):
+        return o - o.sum(-2, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattened(kernels.EpilogueStep):
+    def apply(self, o, arrays):
+        return o.reshape(-1).reshape(o.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class SortedWeights(kernels.Reweight):
     def apply(self, p, peak, tile):
         return jnp.sort(p, axis=-1)
@@ -156,6 +168,16 @@ REFUSED = {
     "an epilogue that sorts": (
         "cannot lower 'sort', which epilogue=(Sorted(",
         AttentionSpec(epilogue=Sorted()),
+        {},
+    ),
+    "an epilogue over queries": (
+        "a kernel reduces a tile over its last axis; got reduce_sum of (64, 64)",
+        AttentionSpec(epilogue=OverQueries()),
+        {},
+    ),
+    "an epilogue that turns": (
+        "a kernel keeps the axes of a tile; got reshape from (64, 64) to (4096,)",
+        AttentionSpec(epilogue=Flattened()),
         {},
     ),
     "an epilogue with a table": (

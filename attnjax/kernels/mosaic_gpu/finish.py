@@ -27,7 +27,6 @@ from attnjax.kernels.mosaic_gpu.tiles import (
     padded_dim,
 )
 from attnjax.kernels.request import Request
-from attnjax.kernels.spec import AttentionSpec
 
 Arrays = Mapping[str, jax.Array]
 _FORMS = {
@@ -150,19 +149,23 @@ def _shape(whole: tuple[int, int], form: str) -> tuple[int, int]:
     )
 
 
-def example(spec: AttentionSpec, shapes: Mapping[str, tuple[int, ...]], width: int):
-    """The steps' jaxpr on a tile of two rows, for a look at its operations."""
-    whole = (2, width)
-    axes = {x.name: x.axes for x in spec.epilogue_operands}
-    arrays = {}
-    for name, letters in axes.items():
-        sizes = dict(zip(letters, shapes[name], strict=True))
+def example(request: Request):
+    """The steps' jaxpr as the kernel runs them, for a look at its operations.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: where they do not run on a tile.
+    """
+    spec, shapes = request.spec, dict(request.operand_shapes)
+    late, values = [], {}
+    for operand in spec.epilogue_operands:
+        sizes = dict(zip(operand.axes, shapes[operand.name], strict=True))
         form = _FORMS[sizes.get("t", 1) > 1, sizes.get("e", 1) > 1]
-        arrays[name] = jnp.zeros(_shape(whole, form), jnp.float32)
+        late.append(Late(operand.name, form, per_batch=False, per_head=False))
+        shape = _shape((ROWS, request.value_dim), form)
+        values[operand.name] = jnp.zeros([n for n in shape if n > 1], jnp.float32)
 
     def run(o):
-        for step in spec.epilogue:
-            o = step.apply(o, {x.name: arrays[x.name] for x in step.operands})
-        return o
+        machine = Machine(interpret=True)
+        return apply(request, machine, tuple(late), o, lambda x: values[x.name])
 
-    return jax.make_jaxpr(run)(jnp.zeros(whole, jnp.float32))
+    return jax.make_jaxpr(run)(jnp.zeros((ROWS, request.value_dim), jnp.float32))

@@ -125,25 +125,19 @@ def _lacking(spec: AttentionSpec, shapes) -> str | None:
     return None
 
 
-def _epilogue(request: Request) -> str | None:
-    shapes = tuple(
-        (name, shape)
-        for name, shape in request.operand_shapes
-        if name in {x.name for x in request.spec.epilogue_operands}
-    )
-    return _lacking_late(request.spec, shapes, request.value_dim)
-
-
 @functools.lru_cache(maxsize=256)
-def _lacking_late(spec: AttentionSpec, shapes, width: int) -> str | None:
+def _epilogue(request: Request) -> str | None:
     """The first operation of the epilogue that the kernels do not lower."""
-    if not spec.epilogue:
+    steps = request.spec.epilogue
+    if not steps:
         return None
-    jaxpr = finish.example(spec, dict(shapes), width)
-    known = PRIMITIVES | INLINED | set(thin.REDUCTIONS) | thin.RESHAPES
+    try:
+        jaxpr = finish.example(request)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        return f"gives epilogue={steps!r} rows of one head [t, E]: {error}"
     for primitive in _primitives(jaxpr.jaxpr):
-        if primitive not in known:
-            return f"cannot lower {primitive!r}, which epilogue={spec.epilogue!r} uses"
+        if primitive not in PRIMITIVES | set(thin.REDUCTIONS):
+            return f"cannot lower {primitive!r}, which epilogue={steps!r} uses"
     return None
 
 
