@@ -1,6 +1,7 @@
 """The vision transformer: what it computes, counts and refuses."""
 
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from attnjax.core import discovery, schema
 from attnjax.core.config import load_file
 from attnjax.core.context import Hook
 from attnjax.core.errors import UserError
+from attnjax.core.userfile import run_file
 from attnjax.data import images
 from attnjax.models import vit
 from attnjax.models.layout import path_of
@@ -299,6 +301,30 @@ def test_a_class_token_that_nothing_pools_stays_in_the_encoder():
         return call(params, images)
 
     np.testing.assert_array_equal(tokens(probe, params), tokens(trained, own))
+
+
+@pytest.mark.parametrize("pool", ["class_token", "mean"])
+def test_a_probe_trains_its_pool_and_head_on_the_layers_of_the_run(pool):
+    given = {"model": vit.resolve(SMALL | {"embed_dim": 64, "pool": pool}), "data": {}}
+    path = Path(__file__).parents[2] / "configs" / "vit" / "probe.py"
+    probe = run_file(str(path), owner="--config", module_name="probe").probe_of(given)
+    models = [
+        vit.ViT(
+            schema.build(vit.Config, vit.resolve(model)),
+            image_size=SIDE,
+            channels=CHANNELS,
+            num_classes=CLASSES,
+        )
+        for model in (given["model"], probe["model"])
+    ]
+    trained, found = (jax.eval_shape(model.init, 0)[0] for model in models)
+    assert models[0].num_tokens == models[1].num_tokens
+    assert {k: v for k, v in found.items() if k != "pool"} == trained
+    names = [
+        "/".join(path_of(p)) for p, _ in jax.tree_util.tree_leaves_with_path(found)
+    ]
+    trains = {name for name in names if not re.search(probe["optim"]["freeze"], name)}
+    assert trains == {"pool/query", "pool/value/kernel", "head/kernel", "head/bias"}
 
 
 def test_a_normed_head_reads_the_batch_in_training_and_its_memory_after():
