@@ -64,9 +64,12 @@ class Layer:
         module = discovery.find(name, owner="bench mixers")
         options = schema.resolve(module.Config, _needed(module), path=name)
         self.config = schema.build(module.Config, options, path=name)
-        self.module, self.spec, self.sizes = module, module.SPEC, sizes
+        self.module, self.spec = module, module.SPEC.of(self.config)
+        can, self.sizes = self.spec.capabilities, sizes
+        grid = _grid(sizes.seq_len, can.grid) if can.needs_grid else None
+        self.dims = dataclasses.replace(sizes.dims, grid=grid)
         choice = Choice(name, module, self.config)
-        mixer = choice.make(sizes.dims, rngs=nnx.Rngs(0))
+        mixer = choice.make(self.dims, rngs=nnx.Rngs(0))
         self.graph, params, buffers = nnx.split(mixer, nnx.Param, nn.Buffer)
         self.arrays = nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)
         shape = (sizes.batch_size, sizes.seq_len, sizes.embed_dim)
@@ -79,7 +82,7 @@ class Layer:
         self.train = self._compile(jax.grad(self._loss, argnums=(0, 2)))
 
     def _context(self) -> Context:
-        sizes, can = self.sizes, self.spec.capabilities
+        sizes = self.sizes
         places = jnp.arange(sizes.seq_len, dtype=jnp.int32)
         return Context(
             positions=jnp.tile(places, (sizes.batch_size, 1)),
@@ -87,8 +90,8 @@ class Layer:
             streams=self._streams(),
             layer_index=jnp.int32(0),
             prng_key=jax.random.key(0),
-            causal=can.causal,
-            grid=_grid(sizes.seq_len, can.grid) if can.needs_grid else None,
+            causal=self.spec.capabilities.causal,
+            grid=self.dims.grid,
             train=True,
         )
 
@@ -97,7 +100,7 @@ class Layer:
         make = getattr(self.module, "streams", None)
         if make is None:
             return {}
-        starts = make(self.config, self.sizes.dims, jax.random.key(0))
+        starts = make(self.config, self.dims, jax.random.key(0))
         return {name: self.x[:1] for name in starts}
 
     def _compile(self, function):
@@ -126,7 +129,7 @@ class Layer:
 
     def facts(self) -> dict[str, Any]:
         """Size and cost of the layer for one sequence, from its arrays and spec."""
-        dims, length = self.sizes.dims, self.sizes.seq_len
+        dims, length = self.dims, self.sizes.seq_len
         decodes = self.spec.capabilities.decode
         leaves = jax.tree.leaves(self.arrays[0])
         return {

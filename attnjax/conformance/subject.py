@@ -108,7 +108,7 @@ class Subject:
         self.config = schema.build(module.Config, self.options, path=name)
         self.spec: MixerSpec = module.SPEC.of(self.config)
         self.dims = dataclasses.replace(
-            BASE_DIMS, **{**self.settings.dims, **(dims or {})}
+            BASE_DIMS, **{"grid": self.grid, **self.settings.dims, **(dims or {})}
         )
         self.traces: collections.Counter = collections.Counter()
         self.forward = jitted(self._counted_call)
@@ -123,7 +123,7 @@ class Subject:
 
     @property
     def grid(self) -> tuple[int, ...] | None:
-        """The `ctx.grid` of the mechanisms that need one."""
+        """The grid of the model and of its requests, for mechanisms that need one."""
         return self.settings.grid if self.spec.capabilities.needs_grid else None
 
     @property

@@ -1,5 +1,7 @@
 """Who sees whom: the future, padding, other documents, prefixes, memories, grids."""
 
+import itertools
+
 import jax
 import numpy as np
 
@@ -187,35 +189,62 @@ def cross(s: Subject) -> None:
 
 
 def grids(s: Subject) -> None:
-    """Every declared grid rank works, behind extra tokens too where they are declared;
-    a mixer without ranks ignores the grid and what stands before it."""
-    x, ctx = samples.sample(s)
-    can = s.spec.capabilities
-    sizes = {1: (s.length,), 2: _factors(s.length), 3: (1, *_factors(s.length))}
-    if not can.grid:
-        plain = str(jax.make_jaxpr(s.call)(s.arrays, x, ctx))
-        behind = {"grid": _factors(s.length - 1), "extra_tokens": 1}
-        for changes in ({"grid": sizes[2]}, behind):
-            with_grid = ctx.replace(**changes)
-            expect(
-                str(jax.make_jaxpr(s.call)(s.arrays, x, with_grid)) == plain,
-                "declares no grid ranks, so ctx.grid and ctx.extra_tokens must change "
-                "nothing.",
-            )
+    """On grids of every declared rank tokens are mixed, and as the grid has them,
+    behind extra tokens too where they are declared; a mixer without ranks ignores the
+    grid and what stands before it."""
+    if not s.spec.capabilities.grid:
+        _expect_no_grid(s)
         return
-    for rank in can.grid:
+    found = {}
+    for rank in s.spec.capabilities.grid:
         grid = s.settings.grid or ()
-        grid = grid if len(grid) == rank else sizes[rank]
-        expect_finite(s.y(x, ctx.replace(grid=grid)), f"y on the grid {grid}")
-        if can.extra_tokens:
-            rest = {1: (s.length - 1,), 2: _factors(s.length - 1)}
-            grid = rest.get(rank, (1, *_factors(s.length - 1)))
-            behind = ctx.replace(grid=grid, extra_tokens=1)
-            expect_finite(s.y(x, behind), f"y on the grid {grid} behind a token")
+        grid = grid if len(grid) == rank else _factors(s.length, rank)
+        found[grid] = _expect_mixed(s, grid, 0)
+        if s.spec.capabilities.extra_tokens:
+            rest = {n: _factors(s.length - n, rank) for n in range(1, s.length)}
+            extra = next((n for n, sides in rest.items() if min(sides) > 1), 1)
+            _expect_mixed(s, rest[extra], extra)
+    for one, other in itertools.combinations(found, 2):
+        expect_changed(
+            found[one], found[other], f"y must differ on the grids {one} and {other}"
+        )
 
 
-def _factors(length: int) -> tuple[int, int]:
-    for rows in range(int(length**0.5), 1, -1):
-        if length % rows == 0:
-            return rows, length // rows
-    return 1, length
+def _expect_no_grid(s: Subject) -> None:
+    x, ctx = samples.sample(s)
+    plain = str(jax.make_jaxpr(s.call)(s.arrays, x, ctx))
+    behind = {"grid": _factors(s.length - 1, 2), "extra_tokens": 1}
+    for changes in ({"grid": _factors(s.length, 2)}, behind):
+        with_grid = ctx.replace(**changes)
+        expect(
+            str(jax.make_jaxpr(s.call)(s.arrays, x, with_grid)) == plain,
+            "declares no grid ranks, so ctx.grid and ctx.extra_tokens must change "
+            "nothing.",
+        )
+
+
+def _expect_mixed(s: Subject, grid: tuple[int, ...], extra: int) -> np.ndarray:
+    """y of a layer that is made for `grid` behind `extra` tokens."""
+    made = subject(s.module, s.options, {"grid": grid, "prefix_tokens": extra})
+    x, ctx = samples.sample(made, grid=grid, extra_tokens=extra)
+    y = made.y(x, ctx)
+    where = f"on the grid {grid} behind {extra} tokens"
+    expect_finite(y, f"y {where}")
+    for token in range(extra + 1):
+        after = made.y(*samples.perturb(x, ctx, samples.tokens(s.length, token)))
+        others = [t for t in range(s.length) if t != token]
+        expect_changed(
+            after[:, others],
+            y[:, others],
+            f"some other y {where} must depend on token {token}",
+        )
+    return y
+
+
+def _factors(length: int, rank: int) -> tuple[int, ...]:
+    """`rank` sides, smallest first and nearly equal, whose product is `length`."""
+    if rank == 1:
+        return (length,)
+    largest = int(length ** (1 / rank) + 1e-9)
+    side = next(n for n in range(largest, 0, -1) if length % n == 0)
+    return (side, *_factors(length // side, rank - 1))
