@@ -20,7 +20,7 @@ COMMANDS = [
 # What makes the quickstart's model tiny; eight devices share the batch.
 TINY = (
     "model.embed_dim=16 model.num_heads=2 model.num_layers={layers} data.seq_len=16 "
-    "train.batch_size=8 train.steps=2 train.log_every=1 train.sample_tokens=4 "
+    "train.batch_size=8 train.steps=2 train.log_every=1 train.sample_tokens=0 "
     "train.tensorboard=false eval.batches=1 eval.every=none train.save_every=none"
 )
 

@@ -22,7 +22,7 @@ TINY = {
     "train.steps": 12,
     "train.log_every": 3,
     "train.save_every": 6,
-    "train.sample_tokens": 8,
+    "train.sample_tokens": 0,
     "train.tensorboard": "false",
     "eval.every": 6,
     "eval.batches": 2,
@@ -62,7 +62,7 @@ def go(corpus, tmp_path_factory):
 def run(go, tmp_path_factory) -> Path:
     """A finished run."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
-    assert go(workdir) == EXIT_OK
+    assert go(workdir, train__sample_tokens=8) == EXIT_OK
     return workdir
 
 
