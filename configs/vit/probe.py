@@ -1,10 +1,10 @@
 """Attentive probing: what the frozen layers of a trained run know of its classes.
 
 Paper: Attention, Please! Revisiting Attentive Probing for Masked Image Modeling (arXiv
-2506.10178). 32 queries pool the patches of a frozen encoder; batch norm and a linear map
-read what they found. The authors train for 90 epochs with LARS. Here it is AdamW without
-weight decay, and the linear map starts from the run's where that has the same shape. No
-number is expected.
+2506.10178). 32 queries pool the patches of a frozen encoder; batch norm and a linear
+map read what they found. The authors train for 90 epochs with LARS. Here it is AdamW
+without weight decay, and the linear map starts from the run's where that has the same
+shape. No number is expected.
 
 Command: python -m attnjax.train --config configs/vit/probe.py:RUN --workdir PROBE
 Other data: --config.data.name=folder:PATH. A linear probe of the mean of the patches:
