@@ -260,6 +260,12 @@ def test_marked_blocks_are_the_only_ones_that_a_head_visits():
     wanted[:, :, 0, 0] = wanted[0, 1, 2, 1] = steps.PARTIAL
     wanted[1, 3, 2] = steps.PARTIAL
     np.testing.assert_array_equal(kinds, wanted)
+    # Without the diagonal, a tile is full where all its blocks are marked.
+    marks[0, 1, 4:, 2:4] = [[1, 1], [1, 0]]
+    marks[0, 1, 4:, :2] = True
+    either = AttentionSpec(mask=kernels.BlockMask(8, 8))
+    full = kinds_of(either, {"block_mask": jnp.asarray(marks)})[1] == steps.FULL
+    assert np.argwhere(full[0]).tolist() == [[1, 2, 0]]
     words = steps.list_steps(jnp.asarray(kinds))
     assert [step[:3] for step in walked(words[0, 1])[6:]] == [
         (2, 1, 1),
