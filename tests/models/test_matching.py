@@ -125,7 +125,7 @@ def test_layers_that_are_left_out_do_not_change_the_width(make):
     config = experiment.resolve({"model": model})
     vocab = 13
     whole = experiment.build_model(config, {"vocab_size": vocab})
-    settled = runs._settled(config, vocab)
+    settled = runs._settled(config, {"vocab_size": vocab})
     assert experiment.resolve(settled) == settled
     changed = runs._changed(settled, Layout.of(whole.names), (), (0,))
     part = experiment.build_model(changed, {"vocab_size": vocab})
