@@ -13,7 +13,6 @@ arXiv 2403.04690, and "Generalized Neighborhood Attention" (stride), arXiv 2504.
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -128,6 +127,28 @@ def is_causal(config: Config) -> bool:
     )
 
 
+def window_of(
+    place: int, length: int, window: int, stride: int, causal: bool, *, endless=False
+) -> tuple[int, int]:
+    """The rule of one axis without dilation: the first key of a query and the place
+    behind its last one.
+
+    Args:
+        place: of the query.
+        length, window, stride, causal: of the axis.
+        endless: a causal axis whose last group is as long as the others, so that
+            nothing changes with the tokens that follow.
+    """
+    group = place // stride * stride
+    leader = group + (stride - 1 if causal else stride // 2)
+    if not endless:
+        leader = min(leader, length - 1)
+    if causal:
+        return max(leader - window + 1, 0), place + 1
+    start = min(max(leader - window // 2, 0), length - window)
+    return start, start + window
+
+
 def seen_along(
     length: int,
     window: int,
@@ -137,28 +158,13 @@ def seen_along(
     *,
     endless: bool = False,
 ) -> np.ndarray:
-    """The rule of one axis, bool [queries, keys].
-
-    Args:
-        length, window, stride, dilation, causal: of the axis.
-        endless: a causal axis whose last group is as long as the others, so that
-            nothing changes with the tokens that follow.
-    """
+    """One axis, bool [queries, keys]: each `dilation`-th place is its own axis."""
     seen = np.zeros((length, length), bool)
-    for i, j in itertools.product(range(length), repeat=2):
-        own, place, other = i % dilation, i // dilation, j // dilation
-        if own != j % dilation:
-            continue
-        end = length // dilation + (own < length % dilation)
-        group = place // stride * stride
-        if causal:
-            leader = group + stride - 1
-            leader = leader if endless else min(leader, end - 1)
-            seen[i, j] = leader - window < other <= place
-        else:
-            leader = min(group + stride // 2, end - 1)
-            start = min(max(leader - window // 2, 0), end - window)
-            seen[i, j] = start <= other < start + window
+    for own in range(dilation):
+        places = np.arange(own, length, dilation)
+        for place, query in enumerate(places):
+            sides = (place, len(places), window, stride, causal)
+            seen[query, places[slice(*window_of(*sides, endless=endless))]] = True
     return seen
 
 
