@@ -201,7 +201,7 @@ LINE_MISTAKES = {
     "a workdir without a run": (["--workdir=/no/such"], "no config.json"),
     "a config that is not there": (
         ["--workdir=x", "--config=configs/quikstart.py"],
-        "Did you mean configs/quickstart.py?",
+        "Did you mean configs/quickstart.py or",
     ),
 }
 
