@@ -1,6 +1,8 @@
 """A Vision Transformer on scikit-learn's handwritten digits.
 
 Command: python -m attnjax.train --config configs/vit_quickstart.py --workdir runs/vit
+Expected: 98 % of the held-out digits named (98.1 and 98.9 % with seeds 0 and 1), after
+about 65 seconds of processor time on a CPU.
 """
 
 from ml_collections import ConfigDict
