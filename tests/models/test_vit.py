@@ -253,17 +253,21 @@ def test_drop_path_leaves_out_whole_branches_of_some_images():
     params, buffers = start(model)
     images = np.repeat(images_of(batch=1), 64, axis=0)
 
-    def run(model, seed, train):
-        key = jax.random.key(seed)
-        return logits_of(model, params, buffers, images, prng_key=key, train=train)
+    @jax.jit
+    def call(params, key):
+        ctx = model.context(batch=64, prng_key=key, train=True)
+        return model.logits(params, buffers, images, ctx)[0]
 
-    first, again, other = (run(model, seed, True) for seed in (0, 0, 1))
+    first, again, other = (
+        np.asarray(call(params, jax.random.key(seed))) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     kinds, counts = np.unique(first.round(4), axis=0, return_counts=True)
     assert len(kinds) == 4 and counts.min() >= 6
-    out = run(model, 0, False)
-    np.testing.assert_allclose(out, run(plain, 0, True), atol=1e-5)
+    out = logits_of(model, params, buffers, images)
+    trained = logits_of(plain, params, buffers, images, train=True)
+    np.testing.assert_allclose(out, trained, atol=1e-5)
     assert not (np.abs(kinds - out[0].round(4)) < 1e-3).all(axis=1).any()
 
 
@@ -279,7 +283,9 @@ def test_bfloat16_stays_near_float32_and_logits_are_wide():
 
 def test_the_head_starts_at_zero_or_small():
     for std in (0.0, 0.5):
-        params, _ = jax.jit(make(head_std=std, num_layers=1).init)(0)
+        model = make(head_std=std, num_layers=1)
+        names = ("head", "patches")
+        params = jax.jit(lambda m=model: {n: m.init(0)[0][n] for n in names})()
         head = np.asarray(params["head"]["kernel"])
         assert not params["head"]["bias"].any()
         assert head.std() == pytest.approx(std, abs=0.15)
