@@ -282,9 +282,9 @@ def test_bfloat16_stays_near_float32_and_logits_are_wide():
 
 
 def test_the_head_starts_at_zero_or_small():
+    names = ("head", "patches")
     for std in (0.0, 0.5):
         model = make(head_std=std, num_layers=1)
-        names = ("head", "patches")
         params = jax.jit(lambda m=model: {n: m.init(0)[0][n] for n in names})()
         head = np.asarray(params["head"]["kernel"])
         assert not params["head"]["bias"].any()
