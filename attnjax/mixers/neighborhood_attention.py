@@ -437,7 +437,11 @@ SPEC = MixerSpec(
     source="arXiv 2403.04690, 2504.16922",
     forms=("parallel", "step"),
     capabilities=Capabilities(
-        bidirectional=True, grid=(1, 2, 3), needs_grid=True, extra_tokens=True
+        bidirectional=True,
+        grid=(1, 2, 3),
+        needs_grid=True,
+        extra_tokens=True,
+        sequence=True,
     ),
     decode=Decode(exact=True),
     parameter_count=_parameter_count,

@@ -294,6 +294,31 @@ def test_additional_keys_merged_by_log_sums_are_one_softmax():
     close(whole, na.reference(q, k, v, grid=grid, axes=axes, extra=extra), atol=1e-6)
 
 
+def test_devices_that_share_the_tokens_give_what_one_gives():
+    """Two of them around a ring, behind extra tokens, with biases."""
+    grid, extra, window, dilation = (3, 4), 2, (3, 2), (1, 2)
+    settings = (window, (2, 1), dilation, (False, False))
+    spec = kernels.AttentionSpec(
+        mask=neighborhoods.mask_of(grid, *settings, extra=extra),
+        score=(neighborhoods.NeighborhoodBias(grid, window, dilation, extra),),
+    )
+    rng = np.random.default_rng(1)
+    arrays = [rng.normal(size=(2, extra + 12, 2, 4)) for _ in range(3)]
+    arrays = [jnp.asarray(a, jnp.float32) for a in (*arrays, rng.normal(size=(2, 15)))]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("sequence",))
+
+    def shared(q, k, v, bias):
+        cuts = kernels.Cuts(batch=(), heads=None, sequence="sequence")
+        given = {neighborhoods.BIAS: bias}
+        return kernels.sharded_attention(q, k, v, spec, given, mesh=mesh, cuts=cuts)
+
+    *qkv, bias = arrays
+    seen = [np.asarray(a, np.float64) for a in qkv]
+    axes, table = na.Axes(*settings), bias.reshape(2, 5, 3)
+    own = na.reference(*seen, grid=grid, axes=axes, extra=extra, bias=table)
+    close(jitted(shared)(*arrays), own)
+
+
 def test_coverage_of_a_mask_never_claims_what_is_not_so():
     places = jnp.arange(14, dtype=jnp.int32)
     tile = kernels.Tile(b=None, h=None, q=places[:, None], k=places[None], operands={})
