@@ -17,7 +17,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("python -m attnjax")
 ]
-# What makes the quickstart's model tiny; eight devices share the batch.
+# What makes the quickstarts' models tiny; eight devices share the batch.
 TINY = (
     "model.embed_dim=16 model.num_heads=2 model.num_layers={layers} data.seq_len=16 "
     "train.batch_size=8 train.steps=2 train.log_every=1 train.sample_tokens=0 "
@@ -60,6 +60,9 @@ def tiny(command: str) -> str:
         return command
     layers = 4 if "*3" in command else 2
     changes = TINY.format(layers=layers).split()
+    if "vit_quickstart" in command:
+        changes = [change for change in changes if "seq_len" not in change]
+        changes.append("train.steps_per_dispatch=1")
     if "fsdp=4" in command:
         changes.append("mesh.data=1")
     return " ".join([command, *(f"--config.{change}" for change in changes)])

@@ -126,6 +126,24 @@ def prepared_builder(name: str, data_dir: str | None) -> Any:
     return builder
 
 
+def described_builder(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder of a data set whose contents are known, prepared or not.
+
+    What is not prepared is described by the code that TFDS has for it, as ImageNet is
+    on a laptop that plans a run elsewhere; nothing can be read from such a builder.
+
+    Raises:
+        UserError: as `prepared_builder`, where TFDS has no such code.
+    """
+    try:
+        return prepared_builder(name, data_dir)
+    except UserError as not_prepared:
+        try:
+            return library().builder(name, try_gcs=False)
+        except Exception:  # of the data set's code, which may be anything
+            raise not_prepared from None
+
+
 def data_source(builder: Any, split: str, decoders: Any = None) -> Any:
     """Random access to the examples of a TFDS split expression.
 

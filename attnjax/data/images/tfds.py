@@ -24,6 +24,7 @@ from attnjax.data.source import SourceSpec
 from attnjax.data.tfds import (
     data_source,
     default_eval_split,
+    described_builder,
     library,
     prepared_builder,
     refuse_overlap,
@@ -62,8 +63,8 @@ class Config(ImageConfig):
 
 
 def num_classes(config: Config) -> int:
-    """From the data set's description; no image is read."""
-    builder = prepared_builder(config.argument, config.data_dir)
+    """From the data set's description; no image is read, nor need one be there."""
+    builder = described_builder(config.argument, config.data_dir)
     return builder.info.features[_fields(builder, config)[1]].num_classes
 
 

@@ -217,6 +217,13 @@ def test_tensorflow_is_not_imported(root):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
+def test_classes_are_known_of_what_is_not_prepared(tmp_path):
+    config = Config(name="tfds:imagenet2012", data_dir=str(tmp_path))
+    assert num_classes(config) == 1000
+    with pytest.raises(UserError, match="unknown data set 'imagenet2021'"):
+        num_classes(Config(name="tfds:imagenet2021", data_dir=str(tmp_path)))
+
+
 def test_mnist_is_read():
     corpus = opened(SHARED, "tfds:mnist_t10k", image_size=28)
     assert (corpus.train.num_images, corpus.eval.num_images) == (9000, 1000)
