@@ -55,8 +55,9 @@ def test_the_definition_is_the_recurrence(mechanism):
     for row in value[0]:
         mean = decay * mean + (1 - decay) * row
         rows.append(mean)
-    out = mechanism.reference(jnp.asarray(value), jnp.asarray(decay))
-    np.testing.assert_allclose(out[0], rows, rtol=1e-5)
+    with jax.enable_x64(True):
+        out = mechanism.reference(jnp.asarray(value), jnp.asarray(decay))
+    np.testing.assert_allclose(out[0], rows, rtol=1e-12)
 
 
 def test_decoding_in_pieces_is_the_full_pass(mechanism):
