@@ -118,6 +118,12 @@ BROKEN = {
         "grids",
         "so ctx.grid and ctx.extra_tokens must change nothing",
     ),
+    "declares grids that it does not read": (
+        "capabilities=Capabilities()",
+        "capabilities=Capabilities(grid=(1, 2))",
+        "grids",
+        r"y must differ on the grids \(13,\) and \(1, 13\)",
+    ),
     "declares extra tokens without a grid": (
         "capabilities=Capabilities()",
         "capabilities=Capabilities(extra_tokens=True)",
