@@ -70,6 +70,12 @@ def _spec(mask=CAUSAL, **fields) -> kernels.AttentionSpec:
     return kernels.AttentionSpec(mask=mask, **fields)
 
 
+REACH, BLOCK = 256, 128
+FINISH = (
+    kernels.HeadRMSNorm(),
+    kernels.HeadScale(),
+    kernels.OutputGate("head"),
+)
 SCORE_FN = kernels.ScoreFn(far_penalty, ("strength",), ("head",))
 VARIANTS = {
     "causal 128": Variant(_spec(), plain=True),
@@ -99,6 +105,13 @@ VARIANTS = {
     "polynomial": Variant(_spec(weight_map=kernels.Polynomial())),
     "softpick": Variant(_spec(weight_map=kernels.Softpick())),
     "gate": Variant(_spec(epilogue=kernels.OutputGate())),
+    "head norm, scale, gate": Variant(_spec(epilogue=FINISH)),
+    "distances": Variant(_spec(score=kernels.RelativeBias(REACH))),
+    "block mask": Variant(_spec(CAUSAL & kernels.BlockMask(BLOCK, BLOCK))),
+    "clipped": Variant(_spec(reweight=kernels.Clip(-0.001, 1.01))),
+    "sharpened": Variant(
+        _spec(weight_map=kernels.SoftplusL1(), reweight=kernels.Sharpen(3))
+    ),
 }
 
 
@@ -155,7 +168,13 @@ def _draw_attention(variant: Variant, size: Size, *, seed: int, dtype):
         "strength": lambda: 0.3 * normal(h),
         "sink": lambda: normal(h),
         "bias": lambda: normal(1, h, t, t),
-        "output_gate": lambda: normal(b, t, h, e),
+        "output_gate": lambda: normal(*_gate_shape(variant.spec, (b, t, h, e))),
+        "head_scale": lambda: normal(h),
+        "head_norm": lambda: normal(h, e),
+        "relative_bias": lambda: normal(h, 2 * REACH + 1),
+        "block_mask": lambda: jnp.asarray(_marks(rng, b, h, t)),
+        "visible_keys": lambda: 1.0 + jnp.arange(t)[None, None],
+        "sharpen_offset": lambda: 1.0 * (jnp.arange(t) >= 3)[None, None],
     }
     operands = {x.name: pool[x.name]() for x in variant.spec.operands}
     operands = {
@@ -164,6 +183,18 @@ def _draw_attention(variant: Variant, size: Size, *, seed: int, dtype):
     }
     cotangents = normal(b, t, h, e, dtype=dtype), normal(b, t, h)
     return tuple(x.astype(dtype) for x in qkv), operands, cotangents
+
+
+def _gate_shape(spec: kernels.AttentionSpec, out: tuple[int, ...]) -> tuple[int, ...]:
+    per_head = any(getattr(step, "per", None) == "head" for step in spec.epilogue)
+    return out[:-1] if per_head else out
+
+
+def _marks(rng: np.random.Generator, batch: int, heads: int, length: int) -> np.ndarray:
+    """bool [B, H, N, N]: half of the blocks, and those on the diagonal."""
+    count = -(-length // BLOCK)
+    marks = rng.random((batch, heads, count, count)) < 0.5
+    return marks | np.eye(count, dtype=bool)
 
 
 def _draw_linear(variant: LinearVariant, size: Size, *, seed: int, dtype):
