@@ -1,6 +1,7 @@
 """Measurements: python -m attnjax.bench kernels|mixers|train|seeds [--filter RE].
 
 `device_kernels` is for a machine with a GPU: it goes on where its results file ends.
+`device_table` shows what it found as the README does.
 """
 
 import dataclasses
@@ -23,8 +24,10 @@ class Flags:
         what: kernels (attention against the implementations of other libraries),
             mixers (every mechanism against plain attention), train (a training
             step against PyTorch and against plain JAX), seeds (several seeds in
-            one program against separate runs), or device_kernels (the fused kernels
-            on a GPU: correctness, then times; it goes on where its file ends).
+            one program against separate runs), device_kernels (the fused kernels
+            on a GPU: correctness, then times; it goes on where its file ends), or
+            device_table (its newest results, or those of --json, in Markdown;
+            measures nothing).
         filter: regular expression of the rows to measure (none: all).
         json: a file for the results with machine and versions (none: the table
             alone; device_kernels: benchmarks/results/DEVICE-DATE.json).
@@ -34,9 +37,9 @@ class Flags:
             another file).
     """
 
-    what: Literal["kernels", "mixers", "train", "seeds", "device_kernels"] = (
-        positional()
-    )
+    what: Literal[
+        "kernels", "mixers", "train", "seeds", "device_kernels", "device_table"
+    ] = positional()
     filter: str | None = None
     json: str | None = None
     minutes: float = 8.0
@@ -54,6 +57,12 @@ def main(argv: list[str]) -> None:
         return
     if flags.what == "device_kernels":
         _measure_on_device(flags)
+        return
+    if flags.what == "device_table":
+        from attnjax.benchmarks import device_table as table
+
+        report = table.read(Path(flags.json)) if flags.json else table.newest()
+        print(table.render(report))
         return
     out = None if flags.json is None else _writable(Path(flags.json))
     report = measure(flags.what, flags.filter)

@@ -26,12 +26,14 @@ class Variant:
         dims: D and E.
         group: query heads that share a key/value head.
         plain: whether it is plain causal or full softmax: what others are held to.
+        long: whether it is timed on one long sequence.
     """
 
     spec: kernels.AttentionSpec
     dims: tuple[int, int] = (128, 128)
     group: int = 1
     plain: bool = False
+    long: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,8 @@ VARIANTS = {
     "grouped heads": Variant(_spec(), group=4, plain=True),
     "latent 192/128": Variant(_spec(), (192, 128)),
     "log-sum": Variant(_spec(return_lse=True)),
-    "window": Variant(_spec(kernels.SlidingWindow(1023))),
-    "packed": Variant(_spec(CAUSAL & kernels.Segments())),
+    "window": Variant(_spec(kernels.SlidingWindow(1023)), long=True),
+    "packed": Variant(_spec(CAUSAL & kernels.Segments()), long=True),
     "prefix": Variant(_spec(CAUSAL | kernels.Prefix())),
     "soft cap": Variant(_spec(score=kernels.SoftCap(30.0))),
     "soft cap 64": Variant(_spec(score=kernels.SoftCap(30.0)), (64, 64)),

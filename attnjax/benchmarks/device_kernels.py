@@ -51,8 +51,9 @@ class Settings:
     Attributes:
         variants: by name.
         checked: size of the correctness rows.
-        timed: sizes of the timing rows of plain variants.
-        timed_variant: size of the timing rows of the others.
+        timed: sizes of the timing rows of plain variants; the last one is that of
+            variants for long sequences.
+        timed_variant: size of the timing rows of the others, and of plain ones.
         timed_linear: size of the timing rows of recurrences.
         implementations: what is compared, ours first.
         target: what the kernels are chosen for; None means the default device.
@@ -141,13 +142,18 @@ def _work(settings: Settings) -> dict[str, Callable[[], dict]]:
         make = functools.partial(check, settings, variant)
         work[f"check {name}"] = make
     for name, variant in settings.variants.items():
-        sizes = settings.timed if variant.plain else (settings.timed_variant,)
-        if isinstance(variant, LinearVariant):
-            sizes = (settings.timed_linear,)
-        for size in sizes:
+        for size in _timed_sizes(settings, variant):
             make = functools.partial(measure, settings, variant, size)
             work[f"time {name} S={size.length}"] = make
     return work
+
+
+def _timed_sizes(settings: Settings, variant: AnyVariant) -> tuple[Size, ...]:
+    if isinstance(variant, LinearVariant):
+        return (settings.timed_linear,)
+    if variant.plain:  # beside the others too
+        return (*settings.timed, settings.timed_variant)
+    return (settings.timed[-1] if variant.long else settings.timed_variant,)
 
 
 def check(settings: Settings, variant: AnyVariant) -> dict[str, Any]:
