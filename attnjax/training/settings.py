@@ -75,7 +75,7 @@ class EvalConfig:
         explain: held-out rows on which each evaluation lays attention open, for the
             metrics first_token_attention, sink_rate, mean_gate, max_activation, ...
             (`tasks/sink_metrics.py`); 0: none. The papers take 100.
-        explain_len: tokens of those rows.
+        explain_len: tokens of those rows, at most config.data.seq_len.
     """
 
     every: int | None = 500

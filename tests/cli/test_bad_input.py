@@ -133,6 +133,10 @@ CONFIG_MISTAKES = {
         ["model.positions=learned", "data.seq_len=17"],
         r"config\.data\.seq_len: must not exceed .* got seq_len=17, max_len=16\. Raise",
     ),
+    "more tokens laid open than a row has": (
+        ["data.seq_len=1", "eval.explain=5", "eval.explain_len=2"],
+        r"config\.eval\.explain_len: must not .* got explain_len=2, seq_len=1\. Lower",
+    ),
     "a dataset that is not prepared": (
         ["data.name=tfds:tiny_shakespeare", "data.data_dir=/no/such"],
         r"tiny_shakespeare.*prepare",

@@ -55,6 +55,13 @@ class TextFeed(Feed):
                 f"learned positions; got seq_len={length}, max_len="
                 f"{model['max_len']}. Raise max_len, or use positions=rope."
             )
+        rows, opened = (config["eval"][name] for name in ("explain", "explain_len"))
+        if rows and opened > length:
+            raise UserError(
+                "config.eval.explain_len: must not exceed config.data.seq_len; got "
+                f"explain_len={opened}, seq_len={length}. Lower it (at least 2), or "
+                "set config.eval.explain=0."
+            )
         prefix = config["task"]["prefix_len"]
         if not 0 <= prefix < length:
             raise UserError(
