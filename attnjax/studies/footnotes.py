@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnjax.studies.collect import Run
-from attnjax.studies.table import Table, more_is_better, show, show_labels
+from attnjax.studies.table import Table, more_is_better, show_labels
 
 _SHOWN = 8  # runs of one kind named in a note
 _MISSING = (
@@ -33,9 +33,22 @@ def notes(
             "is two-sided. One pair (n=1) has no interval."
         )
     if table.paper:
-        figures = "; ".join(show(figure) for figure in table.paper)
-        found.append(f"Columns marked (paper) are the paper's figures: {figures}.")
+        found.append(
+            f"Columns marked (paper) are the paper's figures: {_origin(table)}."
+        )
     return found + _missing(runs) + _fewer(rows)
+
+
+def _origin(table: Table) -> str:
+    """Where a paper's figures stand: metrics by source, as their cells have no room."""
+    metrics: dict[str, list[str]] = {}
+    for figure in table.paper:
+        known = metrics.setdefault(figure.source, [])
+        if figure.metric not in known:
+            known.append(figure.metric)
+    return "; ".join(
+        f"{', '.join(names)} ({source})" for source, names in metrics.items()
+    )
 
 
 def _what(table: Table) -> str:
