@@ -158,6 +158,9 @@ def test_every_kernel_becomes_hopper_code_and_spills_little():
         apart = "256" in case or "192" in case
         # Along diagonals; statistics of rows, and cotangents of their sums.
         more = {"distances 128": 1, "clipped 128": 2, "sharpened 64": 2}.get(case, 0)
+        # Going back, what changes finished rows needs the kernels of the plain case
+        # alone, which were compiled with that.
+        more -= {"gated 128": 2, "normed, scaled, gated 256": 3}.get(case, 0)
         assert len(names) == (4 if apart else 3) + more, f"{case}: {names}"
     for case, kernel, arch, _, spilled, registers in rows:
         note = f"{case}: {kernel}"
