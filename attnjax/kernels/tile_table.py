@@ -117,12 +117,27 @@ def _tile_and_mask(plan: BlockPlan, operands: Arrays, place):
     return tile, mask
 
 
+def for_all_mapped(evaluate):
+    """operands -> (seen, full), made so that under vmap one answer serves the whole
+    mapped axis: seen by any of it, full for all of it.
+
+    Loops over tiles then keep one length, and the axis can become one of a grid's.
+    """
+    folded = jax.custom_batching.custom_vmap(evaluate)
+
+    @folded.def_vmap
+    def _(axis_size, in_batched, operands):
+        del axis_size
+        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[0])
+        seen, full = jax.vmap(evaluate, in_axes=(axes,))(operands)
+        return (seen.any(0), full.all(0)), (False, False)
+
+    return folded
+
+
 def _seen_and_full(plan: BlockPlan):
     """operands -> (seen, full), bool [num_q, num_k]: whether a tile's mask shows
     anything, and everything.
-
-    Under vmap the mapped axis counts as more rows of the batch: one table serves all
-    of it, so loops over tiles keep one length and their blocks one index.
     """
 
     def evaluate(operands: Arrays):
@@ -136,16 +151,7 @@ def _seen_and_full(plan: BlockPlan):
 
         return jax.lax.map(row, jnp.arange(plan.num_q, dtype=jnp.int32))
 
-    folded = jax.custom_batching.custom_vmap(evaluate)
-
-    @folded.def_vmap
-    def _(axis_size, in_batched, operands):
-        del axis_size
-        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[0])
-        seen, full = jax.vmap(evaluate, in_axes=(axes,))(operands)
-        return (seen.any(0), full.all(0)), (False, False)
-
-    return folded
+    return for_all_mapped(evaluate)
 
 
 def _sort_on_device(plan: BlockPlan, operands: Arrays, static: TileTable) -> TileTable:

@@ -12,23 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from attnjax.kernels import look_ups, tile_math
+from attnjax.kernels import tile_math
 from attnjax.kernels.mosaic_tpu import finish, layout
 from attnjax.kernels.mosaic_tpu.call import Walk, call
-from attnjax.kernels.mosaic_tpu.forward import LAST_AXES, PRODUCT, dot
+from attnjax.kernels.mosaic_tpu.forward import (
+    PRODUCT,
+    dot,
+    row_results,
+    tile_scores,
+)
 from attnjax.kernels.spec import AttentionSpec
 
 Arrays = Mapping[str, jax.Array]
-
-
-def tile_scores(walk: Walk, place, refs, masked: bool):
-    """A tile [block_q, block_k], its scores, and its mask or None."""
-    plan = walk.plan
-    raw = dot(refs["q"][...], refs["k"][...], LAST_AXES) * plan.request.scale
-    tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
-    mask = layout.visible(plan, tile, place, swapped=False) if masked else None
-    spec = look_ups.inside(plan.request.spec)
-    return tile, tile_math.masked_scores(spec, raw, tile, mask), mask
 
 
 def finished(spec: AttentionSpec, s: jax.Array, mask, shift):
@@ -86,7 +81,7 @@ def _statistics(walk: Walk, words_ref, refs, outputs, rows) -> None:
             ref[...] = jnp.full(ref.shape, least if name == "top" else 0.0, ref.dtype)
 
     def body(masked):
-        _, s, mask = tile_scores(walk, place, refs, masked)
+        _, s, mask = tile_scores(walk.plan, place, refs, masked)
         top = fade = None
         if "top" in rows:
             old = rows["top"][...]
@@ -110,21 +105,10 @@ def _statistics(walk: Walk, words_ref, refs, outputs, rows) -> None:
     def _():
         peak = rows["peak"][...]
         if "total" in rows:
-            factor, lse = _row_results(walk, place, refs, rows)
+            factor, lse = row_results(walk.plan, place, refs, rows)
             peak = peak * factor
             outputs["lse"][...] = layout.turn(lse)
         outputs["peak"][...] = layout.turn(peak)
-
-
-def _row_results(walk: Walk, place, refs, rows):
-    """The factor from numerators to weights and the log-sum, [block_q, 1]."""
-    spec = walk.plan.request.spec
-    tile = layout.read_tile(walk.plan, refs["operands"], place, swapped=False)
-    sink = tile_math.sink_column(spec, tile.operands, jnp.float32)
-    sink = None if sink is None else sink.reshape(1, 1)
-    top = rows["top"][...] if "top" in rows else None
-    shift = tile_math.shift_of(spec.weight_map, top)
-    return tile_math.row_results(shift, rows["total"][...], sink)
 
 
 def forward(walk: Walk, inputs, out_dtype, *, keep_core: bool):
@@ -170,7 +154,7 @@ def _again(walk: Walk, words_ref, refs, outputs, rows) -> None:
             ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     def body(masked):
-        tile, s, mask = tile_scores(walk, place, refs, masked)
+        tile, s, mask = tile_scores(walk.plan, place, refs, masked)
         shift = layout.turn(refs["shift"][...]) if "shift" in refs else None
         u, factor, _ = finished(spec, s, mask, shift)
         p = u if factor is None else u * factor

@@ -17,7 +17,7 @@ from attnjax.kernels import look_ups, tile_math
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.mosaic_tpu import again, layout, tables
 from attnjax.kernels.mosaic_tpu.call import Walk, call, quotient, remainder
-from attnjax.kernels.mosaic_tpu.forward import LAST_AXES, PRODUCT, dot
+from attnjax.kernels.mosaic_tpu.forward import LAST_AXES, PRODUCT, dot, tile_scores
 
 Arrays = Mapping[str, jax.Array]
 
@@ -278,7 +278,7 @@ def _sum_cotangents(walk: Walk, words_ref, refs, outputs, scratch) -> None:
     pl.when(first)(lambda: _clear(scratch))
 
     def body(masked):
-        tile, s, mask = again.tile_scores(walk, place, refs, masked)
+        tile, s, mask = tile_scores(walk.plan, place, refs, masked)
         rows = {
             name: layout.turn(refs[name][...])
             for name in ("shift", "peak", "unit", "delta")

@@ -83,12 +83,17 @@ def _forward(walk: Walk, words_ref, refs, outputs, scratch) -> None:
 
 def _absorb(plan: BlockPlan, place, refs, scratch, masked: bool) -> None:
     """Add one tile to the running rows."""
-    spec = look_ups.inside(plan.request.spec)
+    _, s, mask = tile_scores(plan, place, refs, masked)
+    accumulate(plan.request.spec, s, mask, refs["v"][...], scratch)
+
+
+def tile_scores(plan: BlockPlan, place, refs, masked: bool):
+    """A tile [block_q, block_k], its scores, and its mask or None."""
     raw = dot(refs["q"][...], refs["k"][...], LAST_AXES) * plan.request.scale
     tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
     mask = layout.visible(plan, tile, place, swapped=False) if masked else None
-    s = tile_math.masked_scores(spec, raw, tile, mask)
-    accumulate(spec, s, mask, refs["v"][...], scratch)
+    spec = look_ups.inside(plan.request.spec)
+    return tile, tile_math.masked_scores(spec, raw, tile, mask), mask
 
 
 def accumulate(spec: AttentionSpec, s: jax.Array, mask, v: jax.Array, rows) -> None:
@@ -117,16 +122,25 @@ def _finish(plan: BlockPlan, place, refs, outputs, scratch) -> None:
     """Write the rows and their log-sums."""
     acc = scratch["acc"][...]
     if "total" in scratch:
-        spec = plan.request.spec
-        top = scratch["top"][...] if "top" in scratch else None
-        tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
-        sink = tile_math.sink_column(spec, tile.operands, jnp.float32)
-        sink = None if sink is None else sink.reshape(1, 1)
-        shift = tile_math.shift_of(spec.weight_map, top)
-        factor, lse = tile_math.row_results(shift, scratch["total"][...], sink)
+        factor, lse = row_results(plan, place, refs, scratch)
         acc = acc * factor
         outputs["lse"][...] = layout.turn(lse)
     if "core" in outputs:
         outputs["core"][...] = acc.astype(outputs["core"].dtype)
     rows = finish.apply(plan, acc, refs["late"], place)
     outputs["out"][...] = rows.astype(outputs["out"].dtype)
+
+
+def row_results(plan: BlockPlan, place, refs, rows):
+    """The factor from numerators to weights and the log-sum, [block_q, 1].
+
+    Args:
+        rows: refs "total", and "top" where the weight map needs a maximum.
+    """
+    spec = plan.request.spec
+    tile = layout.read_tile(plan, refs["operands"], place, swapped=False)
+    sink = tile_math.sink_column(spec, tile.operands, jnp.float32)
+    sink = None if sink is None else sink.reshape(1, 1)
+    top = rows["top"][...] if "top" in rows else None
+    shift = tile_math.shift_of(spec.weight_map, top)
+    return tile_math.row_results(shift, rows["total"][...], sink)

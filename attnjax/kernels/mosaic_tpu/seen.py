@@ -18,7 +18,7 @@ from attnjax.kernels.block_masks import BlockMask
 from attnjax.kernels.block_plan import BlockPlan
 from attnjax.kernels.masks import And, Full, Mask, Or
 from attnjax.kernels.spec import AttentionSpec
-from attnjax.kernels.tile_table import static_table
+from attnjax.kernels.tile_table import for_all_mapped, static_table
 
 Arrays = Mapping[str, jax.Array]
 Pair = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
@@ -27,9 +27,6 @@ Pair = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 def seen_and_full(plan: BlockPlan):
     """operands, padded to whole blocks -> (seen, full), bool [B|1, H|1, num_q, num_k]:
     whether a tile may show anything, and whether it shows everything.
-
-    Under vmap one list of steps serves the whole mapped axis, so that the axis can
-    become one of the grid's.
     """
 
     def evaluate(operands: Arrays):
@@ -39,16 +36,7 @@ def seen_and_full(plan: BlockPlan):
             seen, full = seen & valid[0], full & valid[1]
         return jnp.asarray(seen), jnp.asarray(full & _whole_tiles(plan))
 
-    folded = jax.custom_batching.custom_vmap(evaluate)
-
-    @folded.def_vmap
-    def _(axis_size, in_batched, operands):
-        del axis_size
-        axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[0])
-        seen, full = jax.vmap(evaluate, in_axes=(axes,))(operands)
-        return (seen.any(0), full.all(0)), (False, False)
-
-    return folded
+    return for_all_mapped(evaluate)
 
 
 def _whole_tiles(plan: BlockPlan) -> np.ndarray:
@@ -66,8 +54,7 @@ def _of_mask(plan: BlockPlan, mask: Mask, operands: Arrays) -> Pair:
         first, second = (
             _of_mask(plan, part, operands) for part in (mask.first, mask.second)
         )
-        join = np.logical_and if isinstance(mask, And) else np.logical_or
-        join = getattr(jnp, join.__name__)
+        join = jnp.logical_and if isinstance(mask, And) else jnp.logical_or
         return join(first[0], second[0]), join(first[1], second[1])
     if mask.complete and plan.request.static_positions:
         return _by_position(plan, mask)
