@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from attnjax.core import config as configs
 from attnjax.core import mappings
@@ -163,3 +164,21 @@ def test_a_corrupted_split_says_so(made):
     plain = next(made["vit"].eval_batches(batch_size=4, rows=None))["image"]
     grey = next(feed.eval_batches(batch_size=4, rows=None))["image"]
     assert grey.std() < 0.1 * plain.std()
+
+
+def test_images_that_break_during_a_run_are_counted_in_its_summary(tmp_path):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    source = {"name": f"folder:{tmp_path}", "image_size": 8, "channels": 1}
+    source["cache_dir"] = str(tmp_path.parent / f"{tmp_path.name}_cache")
+    config = experiment.resolve({"model": VIT, "data": source})
+    feed = feeds.make(config)
+    assert feed.more_summary(None) == {"unreadable_images": 0}
+    for file in (tmp_path / "a").iterdir():
+        file.write_bytes(b"no image")
+    feed.batch(seed=0, step=0, batch_size=12, rows=None)
+    # One image of each class is held out; two of a, and two of b, are trained on.
+    assert feed.more_summary(None) == {"unreadable_images": 2}

@@ -227,6 +227,11 @@ class ImageFeed(Feed):
         grid = model.positions_grid[0]
         return [f"Positions are resampled with --config.model.positions_grid={grid}."]
 
+    def more_summary(self, model: Any) -> dict[str, Any]:
+        """How many images could not be read while the run went on; they had no weight
+        (those found when the data was opened are in the manifest)."""
+        return {"unreadable_images": len(self.corpus.unreadable)}
+
     def reference(self) -> Reference:
         """What is known without a look: nothing but the number of classes."""
         return Reference({"uniform guess": math.log(self.corpus.num_classes)})
