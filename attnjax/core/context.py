@@ -29,6 +29,7 @@ class Context:
         streams: extra residual streams by name, each [1, T, C], already normalised
             by the block like the mixer's input; entry p stands at position p of a
             document. Empty while decoding: `init_state` is given them.
+        condition: [B, C] or None, what layers with a modulation are steered by.
         layer_index: int32 scalar, traced: constants that depend on depth are
             computed from it as arrays.
         prng_key: a key for this layer, or None when nothing is random.
@@ -59,6 +60,7 @@ class Context:
     embeddings: jax.Array | None = None
     streams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     places: jax.Array | None = None
+    condition: jax.Array | None = None
     layer_index: jax.Array | int = 0
     prng_key: jax.Array | None = None
     interventions: dict[str, Any] = dataclasses.field(default_factory=dict)

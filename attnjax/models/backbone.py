@@ -260,20 +260,19 @@ class Backbone:
 
     def _mixer_dims(self, **own) -> MixerDims:
         c = self.config
-        depth = len(self.names)
-        out_std = c.init_std / math.sqrt(2 * depth) if c.scale_out_init else c.init_std
+        std, out_std = self._stds()
         return MixerDims(
             embed_dim=c.embed_dim,
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads or c.num_heads,
             head_dim=head_width(c),
-            num_layers=depth,
+            num_layers=len(self.names),
             qk_norm=c.qk_norm,
             norm=c.norm,
             norm_eps=c.norm_eps,
             zero_centered_norm=c.zero_centered_norm,
             use_bias=c.use_bias,
-            init_std=c.init_std,
+            init_std=std,
             out_init_std=out_std,
             dropout=0.0,
             dtype=jnp.dtype(self.dtype).name,
@@ -281,6 +280,14 @@ class Backbone:
             kernel=c.kernel,
             **own,
         )
+
+    def _stds(self) -> tuple[float, float]:
+        """Standard deviations of maps at the start: of the mixers' inner ones, and of
+        those into the residual stream."""
+        c = self.config
+        depth = len(self.names)
+        out_std = c.init_std / math.sqrt(2 * depth) if c.scale_out_init else c.init_std
+        return c.init_std, out_std
 
     def _block_dims(self, **own) -> BlockDims:
         c, d = self.config, self.dims

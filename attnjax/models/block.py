@@ -29,6 +29,8 @@ class BlockDims:
         drop_path: rate at which the last layer's sub-layers add nothing to a row
             in training; that of layer l of L is l / (L - 1) of it.
         num_layers: L.
+        modulated: whether norms have no factors of their own and `Context.condition`
+            shifts and scales what each sub-layer reads and gates what it adds.
         std, out_std: initialisation of inner maps and of maps into the residual.
         dtype, param_dtype: compute and storage dtypes.
     """
@@ -46,6 +48,7 @@ class BlockDims:
     layer_scale: float | None = None
     drop_path: float = 0.0
     num_layers: int = 1
+    modulated: bool = False
     std: float = 0.02
     out_std: float = 0.02
     dtype: str = "float32"
@@ -59,6 +62,10 @@ class Block(nnx.Module):
     arXiv 2408.00118, section 2. Layer-scale: Touvron et al., arXiv 2103.17239, eq. 4.
     Drop-path is the stochastic depth of Huang et al., arXiv 1603.09382, a row at a
     time; extra streams, which all rows share, are never dropped.
+
+    With `modulated` x + gate mixer(norm(x) (1 + scale) + shift), and the same for the
+    MLP (adaLN-Zero of Peebles and Xie, arXiv 2212.09748, section 3.2); extra streams,
+    which belong to no row, are neither shifted nor gated.
     """
 
     def __init__(self, make_mixer, dims: BlockDims, *, rngs: nnx.Rngs):
@@ -69,15 +76,17 @@ class Block(nnx.Module):
             eps=dims.norm_eps,
             use_bias=dims.use_bias,
             zero_centered=dims.zero_centered_norm,
+            learned=not dims.modulated,
             param_dtype=jnp.dtype(dims.param_dtype),
             rngs=rngs,
         )
         self.dims = dims
+        self.has_mlp = dims.mlp_dim > 0
+        self.modulation = self._modulation(rngs)
         self.norm_mixer = norm()
         self.post_norm_mixer = norm() if dims.post_norm else None
         self.mixer = make_mixer(rngs=rngs)
         self.layer_scale_mixer = self._layer_scale(rngs)
-        self.has_mlp = dims.mlp_dim > 0
         if self.has_mlp:
             self.norm_mlp = norm()
             self.post_norm_mlp = norm() if dims.post_norm else None
@@ -94,6 +103,19 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
 
+    def _modulation(self, rngs: nnx.Rngs):
+        """Three vectors of C for each sub-layer, or None."""
+        dims = self.dims
+        if not dims.modulated:
+            return None
+        return nn.Modulation(
+            dims.embed_dim,
+            6 if self.has_mlp else 3,
+            dtype=jnp.dtype(dims.dtype),
+            param_dtype=jnp.dtype(dims.param_dtype),
+            rngs=rngs,
+        )
+
     def _layer_scale(self, rngs: nnx.Rngs):
         """The factors of one sub-layer, or None."""
         dims = self.dims
@@ -108,13 +130,25 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, dict, MixerOut]:
         """[B, T, C] and the raw streams -> the same, and the mixer's MixerOut."""
         ctx = ctx.replace(streams=self.normed(streams))
-        y, out = self.mixer(self.norm_mixer(x), ctx)
+        steered = self._steered(ctx)
+        y, out = self.mixer(_read(self.norm_mixer(x), steered[:3]), ctx)
         if streams:
             streams = self.run_streams(streams, ctx, added=out.streams)
-        x = self._add(x, self._of_mixer(y), ctx, 0)
+        x = self._add(x, _gated(self._of_mixer(y), steered[:3]), ctx, 0)
         if self.has_mlp:
-            x = self._add(x, self._of_mlp(x), ctx, 1)
+            y = self._of_mlp(x, steered[3:])
+            x = self._add(x, _gated(y, steered[3:]), ctx, 1)
         return x, streams, out
+
+    def _steered(self, ctx: Context) -> list[jax.Array]:
+        """Shift, scale and gate of each sub-layer; nothing without a modulation."""
+        if self.modulation is None:
+            return []
+        if ctx.condition is None:
+            raise ValueError(
+                "Block: modulated layers need a condition; got ctx.condition=None."
+            )
+        return self.modulation(ctx.condition)
 
     def normed(self, streams: dict) -> dict:
         """Extra streams as the mixer reads them."""
@@ -163,9 +197,9 @@ class Block(nnx.Module):
         y = y if self.post_norm_mixer is None else self.post_norm_mixer(y)
         return _scaled(y, self.layer_scale_mixer)
 
-    def _of_mlp(self, x):
+    def _of_mlp(self, x, steered=()):
         """What the MLP adds to x."""
-        y = self.mlp(self.norm_mlp(x))
+        y = self.mlp(_read(self.norm_mlp(x), steered))
         y = y if self.post_norm_mlp is None else self.post_norm_mlp(y)
         return _scaled(y, self.layer_scale_mlp)
 
@@ -194,6 +228,16 @@ class Block(nnx.Module):
         return ctx.layer_index / jnp.float32(last) if last else jnp.float32(1)
 
 
+def _read(x: jax.Array, steered) -> jax.Array:
+    """What a sub-layer reads: shifted and scaled, where it is steered."""
+    return nn.shifted(x, *steered[:2]) if steered else x
+
+
+def _gated(y: jax.Array, steered) -> jax.Array:
+    """What a sub-layer adds: gated, where it is steered."""
+    return y * steered[2].astype(y.dtype) if steered else y
+
+
 def _scaled(y: jax.Array, scale) -> jax.Array:
     """What a sub-layer adds, times its layer-scale."""
     return y if scale is None else y * scale[...].astype(y.dtype)
@@ -209,6 +253,7 @@ def _alone(ctx: Context, streams: dict) -> Context:
         memory=None,
         memory_segment_ids=None,
         embeddings=None,
+        condition=None,
         interventions={},
         mask=None,
         hooks=(),

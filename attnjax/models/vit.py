@@ -10,7 +10,6 @@ Windows and ALiBi of mixers made for sequences count places of the row.
 """
 
 import dataclasses
-import re
 from functools import partial
 from typing import Literal
 
@@ -23,7 +22,7 @@ from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.models import backbone, mixer_choice, schedule
+from attnjax.models import backbone, image_sizes, mixer_choice, schedule
 from attnjax.models.stack import StackOut
 
 POOL_QUERIES = 32
@@ -126,37 +125,7 @@ def sized(config: Config) -> Config:
     Raises:
         UserError: for a size of another form.
     """
-    names = ("embed_dim", "num_layers", "num_heads", "patch_size")
-    values: tuple = (128, None, 4, 4)
-    if config.size is not None:
-        match = re.fullmatch(r"(\w+)/([1-9]\d*)", config.size)
-        if match is None or match[1] not in SIZES:
-            raise UserError(
-                f"config.model.size: must be one of {', '.join(SIZES)}, a slash and "
-                f"the side of a patch; got {config.size!r}. Example: S/16."
-            )
-        values = (*SIZES[match[1]], int(match[2]))
-        if not isinstance(config.layers, str):
-            values = (values[0], None, *values[2:])
-        elif config.num_layers is None:
-            _check_schedule(config, values[1])
-    told = {
-        name: value
-        for name, value in zip(names, values, strict=True)
-        if getattr(config, name) is None
-    }
-    return dataclasses.replace(config, **told)
-
-
-def _check_schedule(config: Config, depth: int) -> None:
-    """Raise UserError where the schedule does not fill the size's layers."""
-    own = len(schedule.expand(config.layers, None))
-    if depth % own:
-        raise UserError(
-            f"config.model.layers: a schedule of {own} layers does not fill the "
-            f"{depth} of size={config.size}. Set config.model.num_layers to a multiple "
-            f"of {own}."
-        )
+    return image_sizes.filled(config, SIZES, patch=4, example="S/16")
 
 
 def check(config: Config) -> None:
@@ -189,34 +158,7 @@ def check(config: Config) -> None:
             "config.model.pool_queries: belongs to pool=attentive; got pool="
             f"{config.pool}, pool_queries={queries}. Leave it at none."
         )
-    if config.positions == "sincos" and (dim % 4 or dim < 8):
-        raise UserError(
-            "config.model.embed_dim: must be a multiple of 4, and at least 8, for "
-            f"positions=sincos; got {dim}. Change it, or use other positions."
-        )
-    if config.positions_grid is not None and config.positions in ("rope", "none"):
-        raise UserError(
-            "config.model.positions_grid: resamples learned or sincos positions; got "
-            f"positions={config.positions}. Leave it at none"
-            + (
-                ", and see config.model.rope.scaling."
-                if config.positions == "rope"
-                else "."
-            )
-        )
-    if config.positions == "rope":
-        _check_rope(config)
-
-
-def _check_rope(config: Config) -> None:
-    rope = nn.rope_on_grid(config.rope, (1, 1), 0)
-    width = backbone.head_width(config)
-    if not rope.rotated_dim(width):
-        raise UserError(
-            "config.model.head_dim: two axes turn four entries at least; got "
-            f"head_dim={width}, rope.fraction={config.rope.fraction}. Raise one of "
-            "them, or use other positions."
-        )
+    image_sizes.check_positions(config)
 
 
 def resolve(given: dict) -> dict:
@@ -302,7 +244,7 @@ class ViT(backbone.Backbone):
     ):
         config = sized(config)
         check(config)
-        _check_images(config, image_size, channels, num_classes)
+        image_sizes.check_images(config, image_size, channels, num_classes)
         data = dict(image_size=image_size, channels=channels, num_classes=num_classes)
         like = partial(ViT, **data, platform=platform, target=target)
         super().__init__(config, platform=platform, like=like)
@@ -354,15 +296,8 @@ class ViT(backbone.Backbone):
             train: whether they are on.
             rows: how arrays [B, ...] lie on the devices, or None on one.
         """
-        places = jnp.arange(self.num_tokens, dtype=jnp.int32)[None]
-        return Context(
-            positions=jnp.broadcast_to(places, (batch, self.num_tokens)),
-            prng_key=prng_key,
-            causal=False,
-            grid=self.grid,
-            extra_tokens=self.config.extra_tokens,
-            train=train,
-            rows=rows,
+        return image_sizes.context(
+            self, batch=batch, prng_key=prng_key, train=train, rows=rows
         )
 
     def embed(self, params: dict, images: jax.Array) -> jax.Array:
@@ -371,7 +306,7 @@ class ViT(backbone.Backbone):
         Raises:
             UserError: for images of another size or number of channels.
         """
-        self._check_batch(images)
+        image_sizes.check_batch(self, images)
         ends = self._merge(params)
         x = ends.patches(images)
         fixed, first = self._added_positions(ends)
@@ -397,24 +332,8 @@ class ViT(backbone.Backbone):
         places = nn.resample_table(table[skip:], source, self.grid).astype(self.dtype)
         return places, (table[:1].astype(self.dtype) if skip else None)
 
-    def _check_batch(self, images: jax.Array) -> None:
-        wanted = (self.image_size, self.image_size, self.channels)
-        if images.ndim != 4 or images.shape[1:] != wanted:
-            raise UserError(
-                "vit: images must be [B, H, W, channels] with H = W = image_size; got "
-                f"shape {tuple(images.shape)}, image_size={self.image_size}, channels="
-                f"{self.channels}. For images of another size build the model for that "
-                "size, with config.model.positions_grid="
-                f"{self.positions_grid[0]} for learned or sincos positions."
-            )
-
     def _stream(self, params, start, length: int) -> jax.Array:
-        if jnp.issubdtype(start.dtype, jnp.integer):
-            raise UserError(
-                "vit: an extra stream of tokens needs a table of tokens, which an "
-                "image model does not have. Choose another mixer for its layers."
-            )
-        return start[:, :length].astype(self.dtype)
+        return image_sizes.stream(self, start, length)
 
     def hidden(
         self, params: dict, buffers: dict, images: jax.Array, ctx: Context
@@ -426,11 +345,7 @@ class ViT(backbone.Backbone):
             images: [B, H, W, Ch].
             ctx: as from `context`.
         """
-        if ctx.sequence_form is not None:
-            raise UserError(
-                "config.mesh.sequence: an image model needs whole rows on each device; "
-                "got more than 1. Set it to 1."
-            )
+        image_sizes.check_whole_rows(ctx)
         x, out = self.run(params, buffers, self.embed(params, images), ctx)
         return ctx.spread(self._merge(params).final_norm(x)), out
 
@@ -481,16 +396,3 @@ class ViT(backbone.Backbone):
         total += 2.0 * c.embed_dim * (c.head_hidden or 0)
         total += 2.0 * width * self.num_classes
         return total + self.layer_flops(self.num_tokens)
-
-
-def _check_images(config: Config, image_size, channels, num_classes) -> None:
-    if image_size < 1 or image_size % config.patch_size:
-        divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
-        raise UserError(
-            "config.model.patch_size: must divide config.data.image_size; got "
-            f"patch_size={config.patch_size}, image_size={image_size}. Use one of "
-            f"{divisors}."
-        )
-    for name, value in (("channels", channels), ("num_classes", num_classes)):
-        if value < 1:
-            raise UserError(f"vit: {name} must be at least 1; got {name}={value}.")

@@ -1,6 +1,12 @@
 """Parts that do not mix tokens: linear maps, norms, MLPs, positions, embeddings."""
 
 from attnjax.nn.batch_norm import batch_norm, batch_statistics
+from attnjax.nn.conditioning import (
+    Modulation,
+    TimeEmbedding,
+    shifted,
+    time_features,
+)
 from attnjax.nn.dropout import drop_path, dropout
 from attnjax.nn.embedding import Embedding
 from attnjax.nn.grid_positions import (
@@ -13,7 +19,7 @@ from attnjax.nn.linear import Linear, axes_apart
 from attnjax.nn.mlp import ACTIVATIONS, MLP, mlp_parameters_per_unit
 from attnjax.nn.norms import NORMS, LayerNorm, RMSNorm, make_norm
 from attnjax.nn.parameter import Buffer, buffer, materialize, param
-from attnjax.nn.patches import PatchEmbedding, patchify
+from attnjax.nn.patches import PatchEmbedding, patchify, unpatchify
 from attnjax.nn.pooling import AttentivePool
 from attnjax.nn.positions import (
     Rope,
@@ -32,9 +38,11 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "Linear",
+    "Modulation",
     "PatchEmbedding",
     "RMSNorm",
     "Rope",
+    "TimeEmbedding",
     "alibi_slopes",
     "apply_rope",
     "axes_apart",
@@ -51,5 +59,8 @@ __all__ = [
     "resample_table",
     "rope_frequencies",
     "rope_on_grid",
+    "shifted",
     "sincos_2d",
+    "time_features",
+    "unpatchify",
 ]

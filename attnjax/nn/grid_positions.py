@@ -89,12 +89,13 @@ def sincos_2d(
     *,
     trained: tuple[int, int] | None = None,
     temperature: float = 10000.0,
+    reaches_end: bool = True,
 ) -> np.ndarray:
     """Fixed positions of a grid, float64 [h * w, C]: sin and cos of the column, then of
     the row, at C / 4 frequencies from 1 down to 1 / temperature.
 
     Source: Chen, Xie and He, arXiv 2104.02057 (released code of MoCo v3); Beyer et al.,
-    arXiv 2205.01580.
+    arXiv 2205.01580. With reaches_end=False: Peebles and Xie, arXiv 2212.09748.
 
     Args:
         grid: rows and columns.
@@ -102,13 +103,15 @@ def sincos_2d(
         trained: the grid that the positions were trained on: its area is covered by
             the places of `grid` (pixel centres), at fractional coordinates.
         temperature: of the lowest frequency.
+        reaches_end: whether the last frequency is 1 / temperature, or the one that
+            would follow it.
     """
     if dim % 4 or dim < 8:
         raise ValueError(
             f"sincos_2d: dim must be a multiple of 4 and at least 8; got dim={dim}."
         )
     count = dim // 4
-    frequency = temperature ** (-np.arange(count) / (count - 1))
+    frequency = temperature ** (-np.arange(count) / (count - reaches_end))
     ends = zip(grid, trained or grid, strict=True)
     rows, columns = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in ends)
     row, column = np.meshgrid(rows, columns, indexing="ij")

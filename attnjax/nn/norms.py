@@ -48,9 +48,11 @@ def _scale(rngs, dim: int, zero_centered: bool, dtype) -> nnx.Param:
     return param(rngs, (dim,), start, dtype=dtype)
 
 
-def _whole(scale: jax.Array, zero_centered: bool) -> jax.Array:
+def _whole(scale: nnx.Param | None, zero_centered: bool) -> jax.Array | None:
     """The factor itself, of a stored scale."""
-    return 1.0 + _wide(scale) if zero_centered else scale
+    if scale is None:
+        return None
+    return 1.0 + _wide(scale[...]) if zero_centered else scale[...]
 
 
 class RMSNorm(nnx.Module):
@@ -59,6 +61,7 @@ class RMSNorm(nnx.Module):
     Args:
         zero_centered: the scale is stored as its difference from 1, so that weight
             decay draws it to 1 and not to 0 (as Gemma and Qwen3-Next have it).
+        learned: False leaves out the scale (and a bias).
     """
 
     def __init__(
@@ -68,17 +71,18 @@ class RMSNorm(nnx.Module):
         eps: float = 1e-6,
         use_bias: bool = False,
         zero_centered: bool = False,
+        learned: bool = True,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         if use_bias:
             raise ValueError("RMSNorm: has no bias; got use_bias=True. Use LayerNorm.")
         self.eps, self.zero_centered = eps, zero_centered
-        self.scale = _scale(rngs, dim, zero_centered, param_dtype)
+        self.scale = _scale(rngs, dim, zero_centered, param_dtype) if learned else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] -> [..., dim]."""
-        scale = _whole(self.scale[...], self.zero_centered)
+        scale = _whole(self.scale, self.zero_centered)
         return rms_norm(x, scale, eps=self.eps)
 
 
@@ -86,7 +90,7 @@ class LayerNorm(nnx.Module):
     """Layer norm over the last axis with a learned scale and, if asked, a bias.
 
     Args:
-        zero_centered: as in `RMSNorm`.
+        zero_centered, learned: as in `RMSNorm`.
     """
 
     def __init__(
@@ -96,21 +100,22 @@ class LayerNorm(nnx.Module):
         eps: float = 1e-5,
         use_bias: bool = True,
         zero_centered: bool = False,
+        learned: bool = True,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.eps, self.zero_centered = eps, zero_centered
-        self.scale = _scale(rngs, dim, zero_centered, param_dtype)
+        self.scale = _scale(rngs, dim, zero_centered, param_dtype) if learned else None
         self.bias = (
             param(rngs, (dim,), initializers.zeros, dtype=param_dtype)
-            if use_bias
+            if use_bias and learned
             else None
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] -> [..., dim]."""
         bias = None if self.bias is None else self.bias[...]
-        scale = _whole(self.scale[...], self.zero_centered)
+        scale = _whole(self.scale, self.zero_centered)
         return layer_norm(x, scale, bias, eps=self.eps)
 
 
@@ -124,6 +129,7 @@ def make_norm(
     eps: float,
     use_bias: bool = False,
     zero_centered: bool = False,
+    learned: bool = True,
     param_dtype=jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
@@ -136,6 +142,7 @@ def make_norm(
         eps=eps,
         use_bias=has_bias,
         zero_centered=zero_centered,
+        learned=learned,
         param_dtype=param_dtype,
         rngs=rngs,
     )

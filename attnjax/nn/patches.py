@@ -29,6 +29,14 @@ def patchify(images: jax.Array, patch: int) -> jax.Array:
     return x.reshape(batch, rows * columns, patch * patch * channels)
 
 
+def unpatchify(patches: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+    """[B, rows * columns, patch * patch * Ch] -> [B, H, W, Ch]: undoes `patchify`."""
+    rows, columns = grid
+    x = patches.reshape(len(patches), rows, columns, patch, patch, -1)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(patches), rows * patch, columns * patch, -1)
+
+
 class PatchEmbedding(Linear):
     """One linear map for every patch, equal to a convolution of stride `patch`.
 

@@ -626,7 +626,7 @@ def test_a_mixer_that_is_only_causal_is_refused_when_the_config_is_read():
         ),
         (
             {"positions": "rope", "positions_grid": 3},
-            "resamples learned or sincos positions; got positions=rope. Leave it at "
+            "resamples added positions; got positions=rope. Leave it at "
             "none, and see config.model.rope.scaling",
         ),
         (
