@@ -1,0 +1,60 @@
+"""Drawing samples from a noising process with any network that denoises."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.core.errors import UserError
+from attnjax.decoding.denoising import chains, flows
+from attnjax.decoding.denoising.settings import SAMPLERS, Settings
+from attnjax.tasks.denoising import Flow, Gaussian
+
+__all__ = ["SAMPLERS", "Settings", "sample"]
+
+
+def sample(
+    denoise: Callable[[jax.Array, jax.Array], jax.Array],
+    process: Gaussian | Flow,
+    *,
+    shape: tuple[int, ...],
+    prng_key: jax.Array,
+    sampler: str,
+    num_steps: int,
+    start: jax.Array | None = None,
+    **options,
+) -> jax.Array:
+    """Samples of a noising process, as one scan over its steps.
+
+    Traceable: under `jax.jit`, with the network's parameters among the arguments, the
+    whole sampler is one program. Equal keys give equal samples.
+
+    Args:
+        denoise: (x [B, ..., channels], times [B]) -> the network's raw output; times
+            are int32 for a Gaussian, floats in [0, 1] for a flow, before `embedded`.
+        process: what the network was trained on.
+        shape: [B, ..., channels] of the samples.
+        prng_key: of the first noise and of that of each step.
+        sampler, num_steps, options: the fields of `Settings`.
+        start: the first noise instead of a draw, `shape`.
+
+    Returns:
+        [B, ..., channels], float32 (float64 for a `start` in float64).
+
+    Raises:
+        UserError: for options that make no sense, or that the process does not have.
+    """
+    settings = Settings(sampler=sampler, num_steps=num_steps, **options)
+    settings.check(process)
+    start_key, steps_key = jax.random.split(prng_key)
+    if start is None:
+        start = jax.random.normal(start_key, shape, jnp.float32)
+    elif start.shape != tuple(shape):
+        raise UserError(
+            f"sample: start must have the shape of the samples, {tuple(shape)}; "
+            f"got start of shape {start.shape}. Give noise of that shape."
+        )
+    if sampler in ("euler", "heun"):
+        return flows.ode(denoise, process, settings, start=start)
+    draw = {"ddpm": chains.ddpm, "ddim": chains.ddim, "sde": flows.sde}[sampler]
+    return draw(denoise, process, settings, start=start, prng_key=steps_key)

@@ -1,0 +1,147 @@
+"""Samplers of flows on data N(0, STD^2), whose exact velocity is known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.decoding.denoising import sample
+from attnjax.decoding.denoising.settings import DIFFUSIONS
+from attnjax.tasks.denoising import Flow
+
+STD = 0.6
+ROWS = 20_000
+START = jnp.linspace(-2, 2, 7)[:, None]
+
+
+def exact(flow):
+    """The exact output for the target of a flow, of rows [B, 1]."""
+
+    def denoise(x, times):
+        at = flow.scales(times[:, None])
+        variance = at.alpha**2 * STD**2 + at.sigma**2
+        slope = at.alpha * at.d_alpha * STD**2 + at.sigma * at.d_sigma
+        outputs = {
+            "velocity": slope,
+            "noise": at.sigma,
+            "score": -jnp.ones_like(variance),
+        }
+        return x * outputs[flow.target] / variance
+
+    return denoise
+
+
+def draw(flow, *, rows=ROWS, **options):
+    """Samples [rows] of a jitted sampler."""
+    run = jax.jit(
+        functools.partial(sample, exact(flow), flow, shape=(rows, 1), **options)
+    )
+    return np.asarray(run(prng_key=jax.random.key(0)))[:, 0]
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_the_ode_scales_noise_to_the_data_with_the_order_of_its_steps(
+    path, sampler, order
+):
+    wanted = STD * np.asarray(START)[:, 0]
+    flow = Flow(path=path)
+    with jax.enable_x64(True):
+        start = jnp.asarray(np.asarray(START), jnp.float64)
+        off = [
+            np.abs(
+                draw(flow, sampler=sampler, num_steps=n, rows=7, start=start) - wanted
+            ).max()
+            for n in (40, 80)
+        ]
+    np.testing.assert_allclose(off[0] / off[1], 2**order, rtol=0.1)
+    assert off[1] < {1: 0.03, 2: 0.001}[order]
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        Flow(target="noise"),
+        Flow(path="gvp", target="score"),
+        Flow(path="vp"),
+        Flow(path="vp", target="noise"),
+    ],
+    ids=repr,
+)
+def test_every_target_moves_along_the_same_ode(flow):
+    x = draw(flow, sampler="heun", num_steps=200, rows=7, start=START)
+    np.testing.assert_allclose(x, STD * np.asarray(START)[:, 0], atol=0.012)
+
+
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_the_sde_returns_the_variance_of_the_data_for_every_diffusion(diffusion):
+    flow = Flow(sampling_cut=0.02 if diffusion == "sbdm" else None)
+    # A last step by the SDE's drift would shrink it: half a pull without its noise.
+    options = {"diffusion": diffusion, "last_step": "euler"}
+    x = draw(flow, sampler="sde", num_steps=250, **options)
+    np.testing.assert_allclose(x.var(), STD**2, rtol=0.04)
+    assert abs(x.mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("flow", "last_step"),
+    [
+        (Flow(), "mean"),
+        (Flow(path="gvp", target="noise"), "mean"),
+        (Flow(path="vp"), "tweedie"),
+    ],
+    ids=repr,
+)
+def test_the_sde_returns_it_on_other_paths_and_by_other_last_steps(flow, last_step):
+    x = draw(flow, sampler="sde", num_steps=400, last_step=last_step)
+    np.testing.assert_allclose(x.var(), STD**2, rtol=0.04)
+
+
+def test_the_last_step_is_free_of_noise_and_of_three_kinds():
+    t, size = 0.9, 0.1
+    variance = t**2 * STD**2 + (1 - t) ** 2
+    slope, score = (t * STD**2 - (1 - t)) / variance, -1 / variance
+    factors = {
+        "mean": 1 + size * (slope + (1 - t) * score),
+        "euler": 1 + size * slope,
+        "tweedie": (1 + (1 - t) ** 2 * score) / t,
+    }
+    options = {"sampler": "sde", "num_steps": 3, "last_step_size": size, "rows": 7}
+    got = {name: draw(Flow(), last_step=name, **options) for name in factors}
+    # All from the same x at t = 0.9.
+    for name, factor in factors.items():
+        ratio = factor / factors["mean"]
+        np.testing.assert_allclose(got[name], ratio * got["mean"], rtol=1e-4)
+    np.testing.assert_array_equal(draw(Flow(), **options), got["mean"])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "evaluations", "times"),
+    [
+        ("euler", 1, [0.0, 0.25, 0.5, 0.75]),
+        ("heun", 2, [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0]),
+        ("sde", 2, [0.0, 0.32, 0.64, 0.96]),
+    ],
+)
+def test_the_network_is_traced_once_a_stage_and_asked_at_the_steps_times(
+    sampler, evaluations, times
+):
+    traced, asked = [], []
+
+    def denoise(x, now):
+        traced.append(x.shape)
+        jax.debug.callback(lambda t: asked.append(t.tolist()), now, ordered=True)
+        return x
+
+    run = jax.jit(
+        functools.partial(
+            sample, denoise, Flow(), shape=(2, 1), sampler=sampler, num_steps=4
+        )
+    )
+    x = run(prng_key=jax.random.key(0))
+    jax.effects_barrier()
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(asked, [[t, t] for t in times], atol=1e-6)
+    assert traced == [(2, 1)] * evaluations

@@ -1,0 +1,128 @@
+"""Guided predictions against their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core.errors import UserError
+from attnjax.decoding.denoising import sample
+from attnjax.decoding.guidance import guided, perturbed_guidance
+from attnjax.tasks.denoising import Gaussian
+
+NULL = 9
+LABELS = jnp.array([2, 5, 1])
+TIMES = jnp.array([10, 400, 990])
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 4)), jnp.float32)
+
+
+class Network:
+    """An output of 4 channels and a variance that both depend on the label."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, times, labels):
+        self.batches.append(len(x))
+        tilt = jnp.sin(labels + 0.01 * times).reshape(-1, 1, 1, 1)
+        return jnp.concatenate([x * (1 + tilt) + tilt, x + 2 * tilt], axis=-1)
+
+
+def halves():
+    network = Network()
+    return network(X, TIMES, LABELS), network(X, TIMES, jnp.full_like(LABELS, NULL))
+
+
+def run(scale, **options):
+    network = Network()
+    fn = guided(network, scale=scale, labels=LABELS, null_label=NULL, **options)
+    return fn(X, TIMES), network
+
+
+def test_a_scale_of_one_is_the_conditional_prediction_at_half_the_cost():
+    output, network = run(1.0)
+    np.testing.assert_array_equal(output, halves()[0])
+    assert network.batches == [3]
+
+
+def test_a_scale_of_zero_is_the_prediction_without_a_label():
+    output, network = run(0.0)
+    np.testing.assert_array_equal(output[..., :4], halves()[1][..., :4])
+    assert network.batches == [6]
+
+
+@pytest.mark.parametrize("channels", [None, 3, 4])
+def test_guided_channels_are_pushed_and_the_rest_is_the_conditional_halfs(channels):
+    output, _ = run(2.5, channels=channels)
+    (with_label, without), count = halves(), channels or 4
+    pushed = without + 2.5 * (with_label - without)
+    np.testing.assert_allclose(output[..., :count], pushed[..., :count], rtol=1e-5)
+    np.testing.assert_array_equal(output[..., count:], with_label[..., count:])
+
+
+def test_guidance_acts_within_its_interval_of_noise_levels():
+    outside = np.array([0, 2])
+    output, _ = run(3.0, interval=(0.2, 0.6), level=Gaussian().level)
+    everywhere, with_label = run(3.0)[0], halves()[0]
+    np.testing.assert_array_equal(output[outside], with_label[outside])
+    np.testing.assert_array_equal(output[1], everywhere[1])
+
+
+def test_rescaled_predictions_have_the_conditional_ones_spread():
+    plain, (with_label, _) = run(4.0)[0][..., :4], halves()
+    full, half = run(4.0, rescale=1.0)[0], run(4.0, rescale=0.5)[0][..., :4]
+    spread = np.std(with_label[..., :4], axis=(1, 2, 3))
+    np.testing.assert_allclose(full[..., :4].std(axis=(1, 2, 3)), spread, rtol=1e-5)
+    np.testing.assert_allclose(half, (plain + full[..., :4]) / 2, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(full[..., 4:], with_label[..., 4:])
+
+
+def test_a_traced_scale_and_half_precision_are_kept():
+    def network(x, times, labels):
+        return x.astype(jnp.bfloat16) * labels.reshape(-1, 1, 1, 1)
+
+    @jax.jit
+    def go(scale):
+        fn = guided(network, scale=scale, labels=LABELS, null_label=NULL)
+        return fn(X, TIMES)
+
+    assert go(jnp.float32(1.5)).dtype == jnp.bfloat16
+    expected = X * (NULL + (LABELS.reshape(-1, 1, 1, 1) - NULL))
+    np.testing.assert_allclose(go(1.0).astype(jnp.float32), expected, rtol=0.05)
+
+
+def test_a_guided_network_can_be_sampled():
+    labels = jnp.array([2, 5, 1])
+    fn = guided(Network(), scale=2.0, labels=labels, null_label=NULL, channels=3)
+    options = {"sampler": "ddpm", "num_steps": 3, "shape": (3, 2, 2, 4)}
+    x = sample(fn, Gaussian(), prng_key=jax.random.key(0), **options)
+    assert x.shape == (3, 2, 2, 4)
+
+
+def test_perturbed_guidance_pushes_away_from_the_perturbed_pass():
+    f_c, f_pert, f_u = X[0], X[1], X[2]
+    alone = perturbed_guidance(f_c, f_pert, weight=3.0)
+    np.testing.assert_allclose(alone, f_c + 3 * (f_c - f_pert), rtol=1e-5)
+    both = perturbed_guidance(f_c, f_pert, weight=3.0, f_u=f_u, scale=2.0)
+    expected = f_u + 2 * (f_c - f_u) + 3 * (f_c - f_pert)
+    np.testing.assert_allclose(both, expected, rtol=1e-5)
+    # A pass that is not perturbed guides nowhere.
+    np.testing.assert_array_equal(perturbed_guidance(f_c, f_c, weight=3.0), f_c)
+    with pytest.raises(UserError, match="scale needs f_u.*got scale=2.0, f_u=None"):
+        perturbed_guidance(f_c, f_pert, weight=3.0, scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"scale": -1.0}, "scale must not be negative; got scale=-1.0"),
+        ({"channels": 5}, "channels must be in 1..4, the channels of the data; got"),
+        ({"channels": 0}, "channels must be in 1..4"),
+        ({"interval": (0.6, 0.2)}, "interval must be two rising noise levels"),
+        ({"interval": (0.2, 0.6)}, "an interval needs level.*level=None"),
+        ({"rescale": 1.5}, r"rescale must be in \[0, 1\]; got rescale=1.5"),
+    ],
+)
+def test_bad_options_are_refused(options, text):
+    with pytest.raises(UserError, match=text):
+        run(**({"scale": 2.0} | options))
