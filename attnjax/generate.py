@@ -1,4 +1,4 @@
-"""python -m attnjax.generate --workdir RUN: text from a trained language model."""
+"""python -m attnjax.generate --workdir RUN: text or images from a trained model."""
 
 import dataclasses
 from pathlib import Path
@@ -7,30 +7,53 @@ from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
 from attnjax.core.flags import parse_command_line
 
+# What the options of each kind are when they are not given.
+TEXT = {
+    "prompt": "\n",
+    "max_new_tokens": 200,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+IMAGES = {"labels": "all", "guidance": 1.0, "sampler": None, "num_steps": 50}
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Generate text from a run.
+    """Generate text from a language model, or images from a denoiser.
 
     Attributes:
         workdir: the run directory.
-        prompt: the text to go on from.
-        max_new_tokens: most tokens added.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with this probability; 1 keeps all.
+        prompt: text: what to go on from (none: a newline).
+        max_new_tokens: text: most tokens added (none: 200).
+        temperature: text: divides the logits; 0 takes the most likely token (none:
+            1).
+        top_k: text: keep the k most likely tokens; 0 keeps all (none: 0).
+        top_p: text: keep the smallest set of tokens with this probability; 1 keeps
+            all (none: 1).
+        labels: images: names or numbers of classes, separated by commas, a column
+            each (none: all of them).
+        guidance: images: scale of classifier-free guidance (none: 1, without).
+        sampler: images: its name (none: ddim for Gaussian processes, heun for
+            flows).
+        num_steps: images: steps of the sampler (none: 50).
         seed: of the draws.
-        num: how many samples.
+        num: how many samples, of each class.
         step: the checkpoint (none: the newest intact one).
-        out: a file for the text (none: the terminal).
+        out: a file for the text (none: the terminal), or the PNG of the images
+            (none: samples.png).
     """
 
     workdir: str
-    prompt: str = "\n"
-    max_new_tokens: int = 200
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    prompt: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    labels: str | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    num_steps: int | None = None
     seed: int = 0
     num: int = 1
     step: int | None = None
@@ -42,25 +65,54 @@ def main(argv: list[str]) -> None:
     flags = parse_command_line(
         argv, Flags, program="attnjax.generate", config=False, overrides=False
     ).flags
-    if flags.num < 1 or flags.max_new_tokens < 1:
+    if flags.num < 1:
         raise UserError(
-            "attnjax.generate: num and max_new_tokens must be at least 1; got "
-            f"num={flags.num}, max_new_tokens={flags.max_new_tokens}."
+            f"attnjax.generate: num must be at least 1; got num={flags.num}."
+        )
+    from attnjax.decoding.run import read_config
+    from attnjax.training import feeds
+
+    kind = feeds.feed_class(read_config(Path(flags.workdir))["model"])
+    if issubclass(kind, feeds.DiffusionFeed):
+        _images(flags, _given(flags, IMAGES, TEXT, "a denoiser of images"))
+    else:
+        _text(flags, _given(flags, TEXT, IMAGES, "a language model"))
+
+
+def _given(flags: Flags, own: dict, other: dict, what: str) -> dict:
+    """The options of one kind; UserError for one of the other kind."""
+    for name in other:
+        if getattr(flags, name) is not None:
+            raise UserError(
+                f"--{name}: does nothing for {what}; got {name}="
+                f"{getattr(flags, name)}. Leave it out; allowed here: "
+                f"{', '.join(own)}."
+            )
+    chosen = {name: getattr(flags, name) for name in own}
+    return {n: own[n] if value is None else value for n, value in chosen.items()}
+
+
+def _text(flags: Flags, options: dict) -> None:
+    if options["max_new_tokens"] < 1:
+        raise UserError(
+            "attnjax.generate: max_new_tokens must be at least 1; got "
+            f"max_new_tokens={options['max_new_tokens']}."
         )
     from attnjax.decoding.run import load_run, read_config, require_text
     from attnjax.decoding.sampling import Sampler
 
     require_text(read_config(Path(flags.workdir)), "attnjax.generate")
-    sampler = Sampler(flags.temperature, flags.top_k, flags.top_p)
+    sampler = Sampler(options["temperature"], options["top_k"], options["top_p"])
     run = load_run(flags.workdir, step=flags.step)
+    prompt = options["prompt"]
     texts = run.generate(
-        flags.prompt,
-        max_new_tokens=flags.max_new_tokens,
+        prompt,
+        max_new_tokens=options["max_new_tokens"],
         num=flags.num,
         sampler=sampler,
         seed=flags.seed,
     )
-    blocks = [flags.prompt + text for text in texts]
+    blocks = [prompt + text for text in texts]
     text = blocks[0] if len(blocks) == 1 else _numbered(blocks)
     if flags.out is None:
         print(text)
@@ -71,6 +123,30 @@ def main(argv: list[str]) -> None:
 
 def _numbered(blocks: list[str]) -> str:
     return "\n".join(f"--- sample {i + 1}\n{block}" for i, block in enumerate(blocks))
+
+
+def _images(flags: Flags, options: dict) -> None:
+    from PIL import Image
+
+    from attnjax.decoding import pictures
+    from attnjax.decoding.run import load_run
+    from attnjax.training.disk import disk_errors
+
+    run = load_run(flags.workdir, step=flags.step)
+    names = options["labels"]
+    names = run.class_names if names == "all" else tuple(names.split(","))
+    images = run.draw(
+        names * flags.num,
+        guidance=options["guidance"],
+        sampler=options["sampler"],
+        steps=options["num_steps"],
+        seed=flags.seed,
+    )
+    out = Path(flags.out or "samples.png")
+    whole = pictures.sheet(run.pixels(images), columns=len(names))
+    with disk_errors("out"):
+        Image.fromarray(whole).save(out)
+    print(f"wrote {out}: {flags.num} of each of {', '.join(names)}")
 
 
 if __name__ == "__main__":

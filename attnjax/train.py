@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 def _prepare(line: CommandLine):
     """The resolved config, and what runs it; the imports take seconds."""
     from attnjax.core import config as configs
-    from attnjax.decoding.run import read_config, sample_text
+    from attnjax.decoding.run import read_config, sample
     from attnjax.training import experiment, hosts, run
 
     workdir = Path(line.flags.workdir)
@@ -60,7 +60,7 @@ def _prepare(line: CommandLine):
             f"--workdir={workdir}, which has no config.json. Add --config FILE."
         )
     given = configs.apply_overrides(given, list(line.overrides))
-    return experiment.resolve(given), run.train, sample_text, hosts
+    return experiment.resolve(given), run.train, sample, hosts
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import numpy as np
 
 from attnjax.core import schema
 from attnjax.core.context import Context
-from attnjax.core.errors import UserError
+from attnjax.core.errors import UserError, unknown
 from attnjax.data import tokenizers
+from attnjax.decoding import pictures
 from attnjax.decoding.generation import generate
 from attnjax.decoding.sampling import Sampler
 from attnjax.models.layout import Layout, relayout
@@ -22,6 +23,7 @@ from attnjax.training import experiment, feeds, state_tree
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.feeds.images import load_classes
 from attnjax.training.feeds.text import TOKENIZER
+from attnjax.training.settings import DrawConfig
 
 
 @dataclasses.dataclass
@@ -69,6 +71,68 @@ class LoadedClassifier(Loaded):
     def name(self, images: np.ndarray) -> list[str]:
         """The likeliest class of each image."""
         return [self.class_names[i] for i in np.argmax(self.logits(images), axis=-1)]
+
+
+@dataclasses.dataclass
+class LoadedDenoiser(Loaded):
+    """A denoiser of images.
+
+    Attributes:
+        class_names: one a class, in the order of the labels.
+    """
+
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def feed(self) -> feeds.DiffusionFeed:
+        """What it learned from; its data is not opened."""
+        return feeds.make(self.config)
+
+    @cached_property
+    def task(self):
+        """What it learned, with its noising process."""
+        return self.feed.make_task(self.model)
+
+    def labels(self, names: Sequence[str | int]) -> np.ndarray:
+        """int32 labels of classes, by name or number."""
+        found = []
+        for name in names:
+            if str(name) in self.class_names:
+                found.append(self.class_names.index(str(name)))
+            elif str(name).isdecimal() and int(name) < len(self.class_names):
+                found.append(int(name))
+            else:
+                raise unknown("labels", "class", str(name), self.class_names)
+        return np.asarray(found, np.int32)
+
+    def draw(self, labels: Sequence[str | int], **settings: Any) -> np.ndarray:
+        """float32 images [B, H, W, Ch], normalised as its training data.
+
+        Args:
+            labels: B classes, by name or number.
+            settings: sampler, steps, guidance, seed of `training.settings.DrawConfig`.
+
+        Raises:
+            UserError: for an unknown class or sampler, or guidance that the model was
+                not trained for.
+        """
+        try:
+            chosen = DrawConfig(**settings)
+        except ValueError as error:
+            raise UserError(f"draw: {error}") from error
+        return np.asarray(
+            pictures.draw(
+                self.task,
+                self.params,
+                self.buffers,
+                self.labels(labels),
+                settings=chosen,
+            )
+        )
+
+    def pixels(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, Ch] of normalised images."""
+        return pictures.pixels(images, self.feed.data)
 
 
 @dataclasses.dataclass
@@ -179,7 +243,7 @@ def load_run(
     step: int | None = None,
     overrides: Sequence[tuple[str, Any]] = (),
     keep_layers: Sequence[int] | None = None,
-) -> LoadedRun | LoadedClassifier:
+) -> LoadedRun | LoadedClassifier | LoadedDenoiser:
     """Open a run on this machine, whatever machine trained it.
 
     Args:
@@ -216,8 +280,11 @@ def load_run(
     params = state.get("ema", state["params"])
     params, buffers = _relaid(params, state["buffers"], source, model, keep_layers)
     found = (path, config, model, params, buffers, step)
-    if feeds.feed_class(config["model"]).unit == "image":
-        return LoadedClassifier(*found, load_classes(path))
+    kind = feeds.feed_class(config["model"])
+    if issubclass(kind, feeds.ImageFeed):
+        draws = issubclass(kind, feeds.DiffusionFeed)
+        made = LoadedDenoiser if draws else LoadedClassifier
+        return made(*found, load_classes(path))
     return LoadedRun(*found, tokenizers.load_tokenizer(path / TOKENIZER))
 
 
@@ -278,6 +345,13 @@ def _relaid(params, buffers, source: Layout, model, keep_layers) -> tuple[dict, 
             "has, + wanted):\n" + "\n".join(lines[:12])
         )
     return jax.tree.map(jnp.asarray, (params, buffers))
+
+
+def sample(here: experiment.Experiment, state: dict) -> str | np.ndarray:
+    """What a run makes to be looked at: text, or a picture uint8 [H, W(, 3)]."""
+    if here.feed.draws:
+        return pictures.sample_sheet(here, state)
+    return sample_text(here, state)
 
 
 def sample_text(here: experiment.Experiment, state: dict) -> str:

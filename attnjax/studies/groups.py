@@ -208,7 +208,7 @@ def _train(workdir: Path, taken, vectorize, signals) -> list[tuple[int, str | No
     try:
         try:
             with signals.interrupting():
-                from attnjax.decoding.run import sample_text
+                from attnjax.decoding.run import sample
                 from attnjax.training.vectorized import train_group
         except StopRequested:
             print(f"{signals.requested}: nothing was begun.", flush=True)
@@ -217,7 +217,7 @@ def _train(workdir: Path, taken, vectorize, signals) -> list[tuple[int, str | No
             [worker.config_of(workdir, one) for one in taken],
             [run_directory(workdir, one) for one in taken],
             vectorize=vectorize,
-            sample=sample_text,
+            sample=sample,
             signals=signals,
         )
         return [(outcome.code, outcome.error) for outcome in outcomes]

@@ -106,11 +106,11 @@ def evaluate(run: Path, signals: StopSignal) -> int:
 def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:
     """What trains the point; the imports take seconds."""
     config = config_of(workdir, point_hash)
-    from attnjax.decoding.run import sample_text
+    from attnjax.decoding.run import sample
     from attnjax.training.run import train
 
     run = run_directory(workdir, point_hash)
-    return partial(train, config, run, sample=sample_text)
+    return partial(train, config, run, sample=sample)
 
 
 def config_of(workdir: Path, point_hash: str) -> dict:

@@ -21,24 +21,31 @@ class Ending:
         summary: the content of summary.json.
         reference: what stands beside the held-out loss.
         unit: what a loss is the mean over: "token" or "image".
-        shown: final metrics to name beside the loss.
+        measure: what it is counted in.
         plot: where the loss curve is, relative to the run.
+        shown: final metrics to name beside the loss.
+        picture: where its last samples are, relative to the run, or None.
     """
 
     summary: dict
     reference: Reference
     unit: str
+    measure: str
     plot: str
     shown: tuple[str, ...] = ()
+    picture: str | None = None
 
 
-def finish(experiment: Experiment, run, rows: list[dict]) -> Ending:
+def finish(
+    experiment: Experiment, run, rows: list[dict], *, picture: str | None = None
+) -> Ending:
     """Write summary.json and the loss curve of a run that reached its last step.
 
     Args:
         experiment: what was trained.
         run: its RunDirectory.
         rows: of metrics.jsonl.
+        picture: where its last samples are, relative to the run, if it drew any.
     """
     feed, reference = experiment.feed, experiment.feed.reference()
     summary = _summary(experiment, rows, reference)
@@ -49,9 +56,11 @@ def finish(experiment: Experiment, run, rows: list[dict]) -> Ending:
         run.path / plot,
         title=f"{experiment.config['data']['name']}: {_layers(experiment)}",
         levels=reference.levels,
-        unit=feed.unit,
+        measure=feed.loss_measure,
     )
-    return Ending(summary, reference, feed.unit, plot, feed.shown)
+    return Ending(
+        summary, reference, feed.unit, feed.loss_measure, plot, feed.shown, picture
+    )
 
 
 def _layers(experiment: Experiment) -> str:
@@ -124,7 +133,7 @@ def lines(ending: Ending, run, sample: str | None) -> list[str]:
         bits = f"  {nats / math.log(2) / size:.3f} bits/byte" if size else ""
         return f"  {name:<18}{nats:.4f}{bits}"
 
-    text = ["", f"held-out loss, nats per {unit}"]
+    text = ["", f"held-out loss, {ending.measure}"]
     if "loss" in final:
         text.append(line("this model", final["loss"]))
     levels = reversed(ending.reference.levels.items())
@@ -136,6 +145,8 @@ def lines(ending: Ending, run, sample: str | None) -> list[str]:
     text.append(f"parameters        {ending.summary['parameters']:,}")
     if sample is not None:
         text += ["", "sample:", *("  | " + line for line in sample.splitlines()), ""]
+    if ending.picture is not None:
+        text.append(f"samples           {run.path / ending.picture}")
     text += [
         f"loss curve        {run.path / ending.plot}",
         f"run directory     {run.path}",

@@ -19,7 +19,7 @@ from attnjax import kernels
 from attnjax.core import chips
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED
 from attnjax.data.prefetch import Prefetch, dispatches
-from attnjax.training import agreement, kernel_log, sharding
+from attnjax.training import agreement, kernel_log, samples, sharding
 from attnjax.training.evaluation import Evaluator, Stopped
 from attnjax.training.experiment import Experiment
 from attnjax.training.hosts import is_writer
@@ -42,6 +42,8 @@ class Services:
         reporter: the Reporter.
         trackers: further sinks of metrics.
         hooks: the caller's own, see `Hook`.
+        sample: (experiment, state) -> a picture, drawn after every evaluation where
+            the feed says so; None draws none.
     """
 
     run: Any
@@ -51,6 +53,7 @@ class Services:
     reporter: Reporter
     trackers: tuple = ()
     hooks: tuple["Hook", ...] = ()
+    sample: Any = None
 
 
 class Hook:
@@ -291,6 +294,12 @@ class Loop:
         use_ema = "ema" in self.state and self.experiment.eval.use_ema
         params = self.state["ema" if use_ema else "params"]
         self._evaluate_params(params, lambda: time.perf_counter() - start)
+        if self.services.sample is not None and self.experiment.feed.draws:
+            samples.keep(
+                self.services.run,
+                self.step,
+                self.services.sample(self.experiment, self.state),
+            )
         self.services.reporter.at(self.step, phase="training")
         self._clock = (time.perf_counter(), self.step)
 

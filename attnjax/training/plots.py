@@ -12,7 +12,7 @@ def loss_curve(
     *,
     title: str,
     levels: dict[str, float],
-    unit: str = "token",
+    measure: str = "nats per token",
 ) -> None:
     """Draw training and held-out loss against the step into a PNG.
 
@@ -20,8 +20,8 @@ def loss_curve(
         rows: of metrics.jsonl.
         path: the PNG.
         title: above the picture.
-        levels: horizontal lines by name, nats per unit.
-        unit: what a loss is the mean over.
+        levels: horizontal lines by name.
+        measure: what losses are counted in.
     """
     import matplotlib
 
@@ -51,7 +51,7 @@ def loss_curve(
             color=GREY,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel(f"loss (nats per {unit})")
+    axes.set_ylabel(f"loss ({measure})")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 
 from attnjax.core import mappings
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED, UserError
-from attnjax.training import agreement, finish, hosts, source_run, start, trackers
+from attnjax.training import (
+    agreement,
+    finish,
+    hosts,
+    samples,
+    source_run,
+    start,
+    trackers,
+)
 from attnjax.training import experiment as experiments
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.checkpoints import Checkpointer
@@ -38,7 +46,8 @@ def train(
         config: from `experiment.resolve`.
         workdir: the run directory.
         extend: allow train.steps to be raised over that of the run.
-        sample: (experiment, state) -> text shown and kept at the end, or None.
+        sample: (experiment, state) -> text kept and shown at the end, or a picture
+            kept after every evaluation, as its feed has it; None makes none.
         hooks: called after every step and every evaluation.
         signals: already entered by the caller; None enters one here.
 
@@ -148,7 +157,14 @@ def go_on(experiment, run: RunDirectory, signals: StopSignal, sample, hooks) -> 
         quiet = not hosts.is_writer()
         with Reporter(experiment.train.steps, start=step, quiet=quiet) as reporter:
             services = Services(
-                run, metrics, checkpoints, signals, reporter, sinks, tuple(hooks)
+                run,
+                metrics,
+                checkpoints,
+                signals,
+                reporter,
+                sinks,
+                tuple(hooks),
+                sample,
             )
             loop = Loop(experiment, state, services, pending_eval=pending_eval)
             try:
@@ -274,6 +290,13 @@ def _say_start(experiment, run, step: int) -> None:
 
 
 def _finish(experiment, run, metrics, state: dict, sample) -> None:
+    picture = None
+    if sample is not None and experiment.feed.draws:
+        # All processes draw; runs that were trained together have none yet.
+        step = int(state["step"])
+        if not agreement.broadcast(samples.path(run, step, "png").exists()):
+            samples.keep(run, step, sample(experiment, state))
+        picture = str(samples.path(run, step, "png").relative_to(run.path))
     if not hosts.is_writer():
         return
     text = None
@@ -286,12 +309,8 @@ def _finish(experiment, run, metrics, state: dict, sample) -> None:
             )
         else:
             text = sample(experiment, own)
-    if text is not None:
-        with disk_errors("workdir"):
-            (run.samples() / f"step_{int(jnp.asarray(state['step']))}.txt").write_text(
-                text
-            )
+            samples.keep(run, int(jnp.asarray(state["step"])), text)
     with disk_errors("workdir"):
-        ending = finish.finish(experiment, run, metrics.records())
+        ending = finish.finish(experiment, run, metrics.records(), picture=picture)
     for line in finish.lines(ending, run, text):
         print(line)

@@ -64,6 +64,37 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawConfig:
+    """How images are drawn from a denoiser.
+
+    Attributes:
+        per_class: images of each class in the picture, one class a column (0: no
+            picture).
+        classes: the first so many classes.
+        sampler: a name of `decoding.denoising.SAMPLERS` (none: ddim for Gaussian
+            processes, heun for flows).
+        steps: passes of the sampler.
+        guidance: scale of classifier-free guidance (1: none).
+        seed: of the noise.
+    """
+
+    per_class: int = 8
+    classes: int = 10
+    sampler: str | None = None
+    steps: int = 50
+    guidance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("per_class", 0), ("classes", 1), ("steps", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}.")
+        if self.guidance < 0:
+            raise ValueError(f"guidance must not be negative; got {self.guidance}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """`config.eval`.
 

@@ -19,7 +19,7 @@ VIT = {"name": "vit", "patch_size": 4, **SMALL}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """{"lm": its feed, "vit": its feed}, on little data."""
+    """{"lm": its feed, "vit": its feed, "dit": its feed}, on little data."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "a.txt").write_text("some words, and some more of them. " * 30)
     source = {"name": f"text:{folder}/a.txt", "seq_len": 12}
@@ -27,6 +27,7 @@ def made(tmp_path_factory):
     given = {
         "lm": {"model": SMALL, "data": source},
         "vit": {"model": VIT, "data": {"augment": {"mixup": 0.3}}},
+        "dit": {"model": {**VIT, "name": "dit"}},
     }
     return {kind: feeds.make(experiment.resolve(one)) for kind, one in given.items()}
 
@@ -182,3 +183,30 @@ def test_images_that_break_during_a_run_are_counted_in_its_summary(tmp_path):
     feed.batch(seed=0, step=0, batch_size=12, rows=None)
     # One image of each class is held out; two of a, and two of b, are trained on.
     assert feed.more_summary(None) == {"unreadable_images": 2}
+
+
+def test_held_out_images_of_a_denoiser_know_their_place(made):
+    batches = list(made["dit"].eval_batches(batch_size=100, rows=None))
+    places = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(places, np.arange(400))
+    part = list(made["dit"].eval_batches(batch_size=100, rows=slice(30, 40)))[1]
+    np.testing.assert_array_equal(part["index"], np.arange(130, 140))
+    np.testing.assert_array_equal(part["image"], batches[1]["image"][30:40])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": {"augment": {"mixup": 0.2}}}, "mixed images are no samples"),
+        (
+            {"model": {"label_dropout": 0.0}, "eval": {"draw": {"guidance": 2.0}}},
+            "got guidance=2, config.model.label_dropout=0",
+        ),
+        ({"eval": {"draw": {"steps": 0}}}, "steps must be at least 1; got 0"),
+        ({"eval": {"draw": {"guidance": -1.0}}}, "guidance must not be negative"),
+    ],
+)
+def test_settings_of_a_denoiser_that_do_not_fit_are_refused(given, message):
+    model = {**VIT, "name": "dit", **given.get("model", {})}
+    with pytest.raises(UserError, match=message):
+        experiment.resolve({**given, "model": model})

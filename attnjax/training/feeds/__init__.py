@@ -1,7 +1,7 @@
 """What a run learns from: text or images, behind one interface (`feeds.base.Feed`).
 
-The name of the model decides: `config.model.name=lm` reads text, `vit` reads
-images.
+The name of the model decides: `config.model.name=lm` reads text, `vit` names images
+and `dit` takes noise out of them.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,25 @@ from typing import Any
 
 from attnjax.core.errors import unknown
 from attnjax.training.feeds.base import Feed
+from attnjax.training.feeds.diffusion import DiffusionFeed
 from attnjax.training.feeds.images import ImageFeed
 from attnjax.training.feeds.text import TextFeed
 
-__all__ = ["FEEDS", "Feed", "ImageFeed", "TextFeed", "feed_class", "make"]
+__all__ = [
+    "FEEDS",
+    "DiffusionFeed",
+    "Feed",
+    "ImageFeed",
+    "TextFeed",
+    "feed_class",
+    "make",
+]
 
-FEEDS: dict[str, type[Feed]] = {"lm": TextFeed, "vit": ImageFeed}
+FEEDS: dict[str, type[Feed]] = {
+    "lm": TextFeed,
+    "vit": ImageFeed,
+    "dit": DiffusionFeed,
+}
 
 
 def feed_class(model: Mapping[str, Any]) -> type[Feed]:

@@ -34,6 +34,7 @@ class Feed(abc.ABC):
         unit: what is counted: "token" or "image".
         train_config, eval_config: the dataclasses of `config.train`, `config.eval`.
         default_source: the name of the data where none is given.
+        measure: what losses are counted in, where it is not nats per `unit`.
         no_decoding: why the model has no decode form, "" where it may have one.
         shown: final metrics that a run's last lines name beside the loss.
     """
@@ -44,6 +45,7 @@ class Feed(abc.ABC):
     train_config: ClassVar[type[TrainConfig]] = TrainConfig
     eval_config: ClassVar[type[EvalConfig]] = EvalConfig
     default_source: ClassVar[str]
+    measure: ClassVar[str | None] = None
     no_decoding: ClassVar[str] = ""
     shown: ClassVar[tuple[str, ...]] = ()
 
@@ -200,6 +202,16 @@ class Feed(abc.ABC):
         """What `task.summary` must know of the held-out split."""
         return {}
 
+    @property
+    def loss_measure(self) -> str:
+        """What losses are counted in."""
+        return self.measure or f"nats per {self.unit}"
+
+    @property
+    def draws(self) -> bool:
+        """Whether every evaluation draws a picture of samples."""
+        return False
+
     @abc.abstractmethod
     def reference(self) -> "Reference":
         """What stands beside the held-out loss of a finished run."""
@@ -214,7 +226,7 @@ class Reference:
     """Losses to compare a model's with.
 
     Attributes:
-        levels: name -> nats per unit, for the loss curve and the last lines.
+        levels: name -> a loss, for the loss curve and the last lines.
         summary: the entries of summary.json.
         bytes_per_unit: of text, where losses are shown in bits per byte too.
     """

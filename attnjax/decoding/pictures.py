@@ -1,0 +1,126 @@
+"""Images drawn from a denoiser, and the sheets that show them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attnjax.core.errors import UserError
+from attnjax.decoding import denoising, guidance
+from attnjax.tasks.denoising import Gaussian
+from attnjax.training.settings import DrawConfig
+
+# Images on a sheet are enlarged to at least this many pixels a side.
+SHOWN_SIDE = 32
+GAP = 2
+
+
+def default_sampler(process: Any) -> str:
+    """The sampler of a process where none is named."""
+    return "ddim" if isinstance(process, Gaussian) else "heun"
+
+
+def check_guidance(model: Any, scale: float) -> None:
+    """Raise UserError for guidance of a model that always knew the class."""
+    if scale != 1.0 and model.null_label is None:
+        raise UserError(
+            "guidance: needs a model that was also trained without classes; got "
+            f"guidance={scale:g}, config.model.label_dropout=0. Train with "
+            "--config.model.label_dropout=0.1, or use guidance=1."
+        )
+
+
+def draw(
+    task: Any,
+    params: dict,
+    buffers: dict,
+    labels: jax.Array,
+    *,
+    settings: DrawConfig,
+    mesh: Any = None,
+) -> jax.Array:
+    """float32 images [B, H, W, Ch], normalised as the training data, of labels [B].
+
+    Args:
+        task: a `tasks.diffusion.Diffusion`.
+        params, buffers: its model's arrays.
+        labels: int32 [B]; the model's null_label asks for no class.
+        settings: how; per_class and classes are passed over.
+        mesh: of the devices that hold the arrays; every process gets all images.
+
+    Raises:
+        UserError: for a sampler that is not of the process, or guidance that the
+            model was not trained for.
+    """
+    check_guidance(task.model, settings.guidance)
+    out = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    run = jax.jit(partial(_draw, task, settings), out_shardings=out)
+    return run(params, buffers, jnp.asarray(labels, jnp.int32))
+
+
+def _draw(task, settings: DrawConfig, params, buffers, labels):
+    model, process = task.model, task.process
+
+    def denoise(x, times, labels):
+        ctx = model.context(batch=len(x))
+        times = process.embedded(times)
+        return model.predict(params, buffers, x, times, labels, ctx)[0]
+
+    guided = guidance.guided(
+        denoise, scale=settings.guidance, labels=labels, null_label=model.null_label
+    )
+    side, channels = model.image_size, model.channels
+    return denoising.sample(
+        guided,
+        process,
+        shape=(len(labels), side, side, channels),
+        prng_key=jax.random.key(settings.seed),
+        sampler=settings.sampler or default_sampler(process),
+        num_steps=settings.steps,
+    )
+
+
+def pixels(images: np.ndarray, data: Any) -> np.ndarray:
+    """uint8 [B, H, W, Ch] from normalised images, by `config.data`'s mean and std."""
+    shown = np.asarray(images, np.float32) * np.asarray(data.std) + np.asarray(
+        data.mean
+    )
+    return np.clip(np.round(255.0 * shown), 0, 255).astype(np.uint8)
+
+
+def sheet(images: np.ndarray, *, columns: int) -> np.ndarray:
+    """uint8 images [B, H, W, Ch] in rows of `columns`: [H', W'], or [H', W', 3].
+
+    Small images are enlarged by a whole factor; gaps are white.
+    """
+    count, height, width, channels = images.shape
+    if count % columns:
+        raise ValueError(f"sheet: columns={columns} must divide {count} images.")
+    scale = max(1, -(-SHOWN_SIDE // min(height, width)))
+    large = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    gaps = ((0, 0), (0, GAP), (0, GAP), (0, 0))
+    large = np.pad(large, gaps, constant_values=255)
+    rows = large.reshape(count // columns, columns, *large.shape[1:])
+    whole = rows.transpose(0, 2, 1, 3, 4)
+    whole = whole.reshape(-1, columns * large.shape[2], channels)[:-GAP, :-GAP]
+    return whole[..., 0] if channels == 1 else whole
+
+
+def sample_sheet(here: Any, state: dict) -> np.ndarray:
+    """The picture that an evaluation of a run draws: a class a column."""
+    settings: DrawConfig = here.eval.draw
+    params = state.get("ema", state["params"])
+    classes = min(settings.classes, here.model.num_classes)
+    labels = np.tile(np.arange(classes), settings.per_class)
+    made = draw(
+        here.task,
+        params,
+        state["buffers"],
+        labels,
+        settings=settings,
+        mesh=here.mesh if here.mesh.size > 1 else None,
+    )
+    return sheet(pixels(np.asarray(made), here.data), columns=classes)

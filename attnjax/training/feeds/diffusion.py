@@ -1,0 +1,125 @@
+"""Images with labels for denoisers."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnjax.core import schema
+from attnjax.core.errors import UserError
+from attnjax.models import dit
+from attnjax.tasks import denoising, diffusion
+from attnjax.training import sharding
+from attnjax.training.feeds.base import Batch, Reference
+from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
+from attnjax.training.settings import DrawConfig
+
+_USED = ("image", "label", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionEvalConfig(ImageEvalConfig):
+    """`config.eval` of a denoiser.
+
+    Attributes:
+        draw: the picture of samples that every evaluation draws; see
+            `training.settings.DrawConfig`.
+    """
+
+    draw: DrawConfig = dataclasses.field(default_factory=DrawConfig)
+
+
+class DiffusionFeed(ImageFeed):
+    """Images for `models.dit` and `tasks.diffusion`."""
+
+    model_module = dit
+    task_module = diffusion
+    eval_config = DiffusionEvalConfig
+    no_decoding = "a denoiser of images has no decode step."
+    measure = "mean squared error, and bits where the variance is learned"
+    shown = ()
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any]) -> None:
+        """See `Feed`."""
+        super().check(config)
+        mixup = config["data"]["augment"]["mixup"]
+        if mixup:
+            raise UserError(
+                "config.data.augment.mixup: mixed images are no samples of the data; "
+                f"got mixup={mixup}, config.model.name=dit. Set it to 0."
+            )
+        draw = schema.build(DrawConfig, config["eval"]["draw"])
+        if draw.guidance != 1.0 and not config["model"]["label_dropout"]:
+            raise UserError(
+                "config.eval.draw.guidance: needs a model that was also trained "
+                f"without classes; got guidance={draw.guidance:g}, "
+                "config.model.label_dropout=0. Set label_dropout, e.g. to 0.1, or "
+                "guidance=1."
+            )
+
+    def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """See `Feed`."""
+        shapes = super().row_shapes()
+        return {name: shapes[name] for name in _USED}
+
+    # ---- the model and the task
+
+    @classmethod
+    def make_model(
+        cls, config: Mapping[str, Any], sizes: Mapping[str, int], *, platform, target
+    ) -> dit.DiT:
+        """See `Feed`."""
+        task = schema.build(diffusion.Config, config["task"], path="config.task")
+        channels = sizes["channels"]
+        return dit.DiT(
+            schema.build(dit.Config, config["model"]),
+            image_size=sizes["image_size"],
+            channels=channels,
+            out_channels=denoising.make(task.noise).output_channels(channels),
+            num_classes=sizes["num_classes"],
+            platform=platform,
+            target=target,
+        )
+
+    def make_task(self, model: Any, mesh=None, *, sequence_form=None):
+        """See `Feed`."""
+        rows = None
+        if mesh is not None and mesh.size > 1:
+            rows = sharding.batch_sharding(mesh, leading=0)
+        return diffusion.Diffusion(self.task_config, model, rows=rows)
+
+    def search_facts(self, model: Any) -> dict[str, int]:
+        """See `Feed`: what it predicts of an image, all at a time."""
+        facts = super().search_facts(model)
+        outputs = model.config.patch_size**2 * model.out_channels
+        rows = facts["loss_tokens"] * model.num_tokens
+        return facts | {"vocab": outputs, "loss_tokens": rows}
+
+    # ---- the data
+
+    def batch(self, *, seed, step, batch_size, rows=None) -> Batch:
+        """See `Feed`."""
+        made = super().batch(seed=seed, step=step, batch_size=batch_size, rows=rows)
+        return {name: made[name] for name in _USED}
+
+    def eval_batches(self, *, batch_size, rows=None) -> Iterator[Batch]:
+        """See `Feed`; with the place of each image in its split."""
+        own = np.arange(batch_size, dtype=np.int32)[rows or slice(None)]
+        batches = super().eval_batches(batch_size=batch_size, rows=rows)
+        for number, made in enumerate(batches):
+            batch = {name: made[name] for name in _USED}
+            yield batch | {"index": own + np.int32(number * batch_size)}
+
+    # ---- what a run keeps and says of it
+
+    @property
+    def draws(self) -> bool:
+        """See `Feed`."""
+        return self.config["eval"]["draw"]["per_class"] > 0
+
+    def reference(self) -> Reference:
+        """Nothing: what the loss of no knowledge is depends on the process."""
+        return Reference({})

@@ -1,0 +1,149 @@
+"""A tiny denoiser of images through the front doors, as a user goes through them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import attnjax
+from attnjax import evaluate, generate, plan, train
+from attnjax.core.errors import EXIT_OK, UserError
+from attnjax.training import metrics
+
+CONFIG = '''
+"""A denoiser of a few hundred parameters."""
+
+
+def get_config():
+    """The smallest diffusion transformer."""
+    return {
+        "model": {
+            "name": "dit",
+            "layers": "attention",
+            "patch_size": 4,
+            "num_layers": 1,
+            "embed_dim": 8,
+            "num_heads": 2,
+            "mlp_dim": 8,
+            "time_features": 8,
+        },
+        "data": {"name": "digits"},
+        "task": {"levels": 2, "noise": {"steps": 50}},
+        "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "ema_decay": 0.9},
+        "train": {
+            "steps": 4,
+            "batch_size": 16,
+            "log_every": 1,
+            "save_every": 2,
+            "tensorboard": False,
+        },
+        "eval": {
+            "every": 2,
+            "batch_size": 64,
+            "batches": 2,
+            "draw": {"per_class": 2, "classes": 4, "steps": 3, "guidance": 2.0},
+        },
+        "mesh": {"data": 8},
+    }
+'''
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The path of the config."""
+    path = tmp_path_factory.mktemp("denoiser") / "tiny.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(file, run_door, tmp_path_factory):
+    """(a finished run, what was said)."""
+    workdir = tmp_path_factory.mktemp("runs") / "first"
+    code, out, err = run_door(train.main, "--config", file, "--workdir", workdir)
+    assert code == EXIT_OK, err
+    return workdir, out
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained[0]
+
+
+def rows(workdir):
+    return metrics.comparable(metrics.read(workdir / "metrics.jsonl"))
+
+
+def test_a_run_tells_its_losses_and_draws_a_class_a_column(trained):
+    run, out = trained
+    assert "held-out loss, mean squared error" in out
+    summary = json.loads((run / "summary.json").read_text())
+    parts = {"loss", "mse", "vlb", "loss_level1", "loss_level2"}
+    assert set(summary["final"]) == parts
+    # Four columns and two rows of 8 x 8 images, each enlarged four times.
+    for step in (2, 4):
+        picture = Image.open(run / "samples" / f"step_{step}.png")
+        assert picture.size == (4 * 34 - 2, 2 * 34 - 2)
+    assert f"samples           {run / 'samples' / 'step_4.png'}" in out
+
+
+def test_evaluate_repeats_the_last_evaluation(run, run_door, tmp_path):
+    out = tmp_path / "m.json"
+    code, _, err = run_door(evaluate.main, "--workdir", run, "--out", out)
+    assert code == 0, err
+    last = [row for row in rows(run) if row["split"] == "eval"][-1]
+    found = json.loads(out.read_text())
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+def test_generate_draws_the_classes_that_are_asked_for(run, run_door, told, tmp_path):
+    out = tmp_path / "some.png"
+    words = ["--workdir", run, "--out", out, "--num_steps", "3", "--num", "2"]
+    code, said, err = run_door(generate.main, *words, "--labels", "7,1,3")
+    assert code == 0, err
+    assert f"wrote {out}: 2 of each of 7, 1, 3" in said
+    assert Image.open(out).size == (3 * 34 - 2, 2 * 34 - 2)
+    assert "unknown class 'x'" in told(generate.main, *words, "--labels", "x")
+    assert "--prompt: does nothing for a denoiser" in told(
+        generate.main, *words, "--prompt", "a"
+    )
+    assert "euler" in told(generate.main, *words, "--sampler", "euler")
+
+
+def test_a_loaded_run_draws(run):
+    loaded = attnjax.load(run)
+    images = loaded.draw(["3", 3], steps=2, seed=1)
+    assert images.shape == (2, 8, 8, 1)
+    assert loaded.pixels(images).dtype == np.uint8
+    with pytest.raises(UserError, match="draw: steps must be at least 1; got 0"):
+        loaded.draw([1], steps=0)
+
+
+def test_a_plan_counts_images(file, run_door):
+    words = ["--config", file, "--target", "cpu:1", "--config.mesh.data=1"]
+    code, out, err = run_door(plan.main, *words, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["images_per_step"], found["train"]["fits"]) == (16, True)
+    assert "no decode step" in found["decode_note"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.task.noise.process=flw"], "flw"),
+        (["--config.task.noise.path=vp"], "path is of the other process"),
+        (["--config.model.label_dropout=0"], "got guidance=2, .*label_dropout=0"),
+        (["--config.data.augment.mixup=0.1"], "mixed images are no samples"),
+        (["--config.model.layers=streaming_llm"], "an image model is bidirectional"),
+        (["--config.eval.explain=3"], "those of texts; got explain=3"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_told_in_one_line(words, message, file, told, tmp_path):
+    workdir = tmp_path / "r"
+    found = told(train.main, "--config", file, "--workdir", workdir, *words)
+    assert re.search(message, found), found
+    assert not (workdir / "config.json").exists()

@@ -1,0 +1,96 @@
+"""Images drawn from a denoiser, and the sheets that show them."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.core import schema
+from attnjax.core.errors import UserError
+from attnjax.decoding import pictures
+from attnjax.models import dit
+from attnjax.tasks.diffusion import Config, Diffusion
+from attnjax.training.settings import DrawConfig
+
+SMALL = dict(embed_dim=8, num_heads=2, num_layers=1, patch_size=2, mlp_dim=8)
+FEW = DrawConfig(steps=3, guidance=2.0)
+
+
+def task_of(label_dropout=0.1, process="flow"):
+    given = {**SMALL, "label_dropout": label_dropout}
+    config = schema.build(dit.Config, dit.resolve(given))
+    noise = {"noise": {"process": process}}
+    made = schema.build(Config, schema.resolve(Config, noise, path="config.task"))
+    channels = 1 if process == "flow" else 2
+    model = dit.DiT(
+        config, image_size=4, channels=1, out_channels=channels, num_classes=3
+    )
+    return Diffusion(made, model)
+
+
+def start(task, seed=0):
+    rng = np.random.default_rng(seed)
+    params, buffers = jax.eval_shape(task.model.init, 0)
+    params = jax.tree.map(
+        lambda a: (0.2 * rng.normal(size=a.shape)).astype(np.float32), params
+    )
+    return params, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), buffers)
+
+
+@pytest.mark.parametrize("process", ["flow", "gaussian"])
+def test_draws_follow_their_label_and_their_seed(process):
+    task = task_of(process=process)
+    state = start(task)
+
+    def drawn(labels, **changes):
+        settings = dataclasses.replace(FEW, **changes)
+        return np.asarray(pictures.draw(task, *state, labels, settings=settings))
+
+    first = drawn([0, 1])
+    assert first.shape == (2, 4, 4, 1) and np.all(np.isfinite(first))
+    other = drawn([0, 2])
+    np.testing.assert_array_equal(first[0], other[0])
+    assert np.any(first[1] != other[1])
+    assert np.any(first != drawn([0, 1], seed=1))
+    assert np.any(first != drawn([0, 1], guidance=1.0))
+
+
+def test_guidance_needs_a_model_that_was_trained_without_classes():
+    task = task_of(label_dropout=0.0)
+    with pytest.raises(UserError, match="got guidance=2, config.model.label_dropout=0"):
+        pictures.draw(task, *start(task), [0], settings=FEW)
+    plain = dataclasses.replace(FEW, guidance=1.0)
+    assert pictures.draw(task, *start(task), [0], settings=plain).shape[0] == 1
+
+
+def test_a_sampler_of_the_other_process_is_refused():
+    task = task_of()
+    settings = dataclasses.replace(FEW, sampler="ddpm")
+    with pytest.raises(UserError, match="ddpm"):
+        pictures.draw(task, *start(task), [0], settings=settings)
+
+
+def test_pixels_undo_the_normalisation():
+    data = types.SimpleNamespace(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    levels = np.asarray([[0, 51, 255], [255, 0, 102]], np.uint8).reshape(2, 1, 1, 3)
+    images = (levels / 255 - np.asarray(data.mean)) / np.asarray(data.std)
+    np.testing.assert_array_equal(pictures.pixels(images, data), levels)
+    far = np.asarray([9.0, -9.0, 9.0]).reshape(1, 1, 1, 3)
+    assert pictures.pixels(far, data).ravel().tolist() == [255, 0, 255]
+
+
+def test_a_sheet_has_its_images_in_rows():
+    images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1) * np.ones(
+        (1, 8, 8, 1), "u1"
+    )
+    whole = pictures.sheet(images, columns=2)
+    assert whole.shape == (66, 66)
+    corners = [whole[0, 0], whole[0, 65], whole[65, 0], whole[65, 65]]
+    assert corners == [0, 1, 2, 3] and whole[32, 0] == 255
+    colour = pictures.sheet(np.zeros((2, 40, 40, 3), np.uint8), columns=2)
+    assert colour.shape == (40, 82, 3)
+    with pytest.raises(ValueError, match="columns=3 must divide 4"):
+        pictures.sheet(images, columns=3)
