@@ -49,6 +49,9 @@ class Settings:
         dims: fields of MixerDims that it needs otherwise (num_kv_heads: 6).
         length: tokens of a test sequence; from 8 on.
         grid: sizes of the grid that `length` flattens, for mechanisms with grids.
+        extra_tokens: how many of `length` stand before a grid where there are some
+            (none: the fewest that leave axes longer than 1); for mechanisms that
+            take grids of some lengths alone.
         no_gradient: {path of a parameter: why it has none}.
         not_the_derivative: why its gradient is on purpose not the derivative
             (a straight-through choice), or "".
@@ -60,6 +63,7 @@ class Settings:
     dims: dict = dataclasses.field(default_factory=dict)
     length: int = 13
     grid: tuple[int, ...] | None = None
+    extra_tokens: int | None = None
     no_gradient: dict = dataclasses.field(default_factory=dict)
     not_the_derivative: str = ""
     bf16_tolerance: float = 0.15

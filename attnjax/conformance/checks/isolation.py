@@ -202,7 +202,8 @@ def grids(s: Subject) -> None:
         found[grid] = _expect_mixed(s, grid, 0)
         if s.spec.capabilities.extra_tokens:
             rest = {n: _factors(s.length - n, rank) for n in range(1, s.length)}
-            extra = next((n for n, sides in rest.items() if min(sides) > 1), 1)
+            fewest = next((n for n, sides in rest.items() if min(sides) > 1), 1)
+            extra = s.settings.extra_tokens or fewest
             _expect_mixed(s, rest[extra], extra)
     for one, other in itertools.combinations(found, 2):
         expect_changed(
