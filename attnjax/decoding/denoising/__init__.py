@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from attnjax.core.errors import UserError
 from attnjax.decoding.denoising import chains, flows
+from attnjax.decoding.denoising.draws import normal, split
 from attnjax.decoding.denoising.settings import SAMPLERS, Settings
 from attnjax.tasks.denoising import Flow, Gaussian
 
@@ -34,7 +34,8 @@ def sample(
             are int32 for a Gaussian, floats in [0, 1] for a flow, before `embedded`.
         process: what the network was trained on.
         shape: [B, ..., channels] of the samples.
-        prng_key: of the first noise and of that of each step.
+        prng_key: of the first noise and of that of each step: one key, or typed keys
+            [B], one a row, with which a row does not depend on its batch.
         sampler, num_steps, options: the fields of `Settings`.
         start: the first noise instead of a draw, `shape`.
 
@@ -46,9 +47,15 @@ def sample(
     """
     settings = Settings(sampler=sampler, num_steps=num_steps, **options)
     settings.check(process)
-    start_key, steps_key = jax.random.split(prng_key)
+    if prng_key.shape not in ((), tuple(shape)[:1]):
+        raise UserError(
+            "sample: prng_key must be one typed key, or one a row; got keys of shape "
+            f"{prng_key.shape} for samples of shape {tuple(shape)}. Make them by "
+            "jax.random.key."
+        )
+    start_key, steps_key = split(prng_key, 2)
     if start is None:
-        start = jax.random.normal(start_key, shape, jnp.float32)
+        start = normal(start_key, tuple(shape))
     elif start.shape != tuple(shape):
         raise UserError(
             f"sample: start must have the shape of the samples, {tuple(shape)}; "

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.decoding.denoising.draws import normal, split
 from attnjax.decoding.denoising.settings import Settings
 from attnjax.tasks.denoising import Gaussian
 from attnjax.tasks.denoising.chain import Chain
@@ -44,7 +45,7 @@ def ddpm(
         log_variance = process.log_variance(
             code, log_beta=entry["log_beta"], posterior=entry["posterior_log_variance"]
         )
-        noise = jax.random.normal(prng_key, x.shape, x.dtype)
+        noise = normal(prng_key, x.shape, x.dtype)
         return mean + jnp.where(
             entry["is_last"], 0, jnp.exp(0.5 * log_variance) * noise
         )
@@ -89,7 +90,7 @@ def ddim(
         x = entry["signal"] * data + entry["kept_noise"] * noise
         if not settings.eta:
             return x
-        return x + entry["new_noise"] * jax.random.normal(prng_key, x.shape, x.dtype)
+        return x + entry["new_noise"] * normal(prng_key, x.shape, x.dtype)
 
     return _back(step, tables, entries, start, prng_key)
 
@@ -120,7 +121,7 @@ def _back(step, tables: Chain, entries: dict, start: jax.Array, prng_key: jax.Ar
     }
     columns["time"] = jnp.asarray(tables.times[::-1])
     columns["is_last"] = jnp.arange(len(tables))[::-1] == 0
-    keys = jax.random.split(prng_key, len(tables))
+    keys = split(prng_key, len(tables))
 
     def body(x, now):
         entry, key = now

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.decoding.denoising.draws import normal, split
 from attnjax.decoding.denoising.settings import Settings
 from attnjax.tasks.denoising import Flow
 from attnjax.tasks.denoising.flow import Scales
@@ -89,10 +90,10 @@ def sde(
     def body(x, now):
         t, key = now
         _, slope, diffusion = drift(x, t)
-        noise = jax.random.normal(key, x.shape, x.dtype)
+        noise = normal(key, x.shape, x.dtype)
         return x + size * slope + jnp.sqrt(2 * diffusion * size) * noise, None
 
-    keys = jax.random.split(prng_key, settings.num_steps - 1)
+    keys = split(prng_key, settings.num_steps - 1)
     steps = (jnp.asarray(times[:-1], start.dtype), keys)
     x = jax.lax.scan(body, start, steps)[0]
     guess, slope, _ = drift(x, jnp.asarray(last, x.dtype))

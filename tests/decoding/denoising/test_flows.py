@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attnjax.decoding.denoising import sample
+from attnjax.decoding.denoising.flows import DIFFUSION
 from attnjax.decoding.denoising.settings import DIFFUSIONS
 from attnjax.tasks.denoising import Flow
 
@@ -75,28 +76,40 @@ def test_every_target_moves_along_the_same_ode(flow):
     np.testing.assert_allclose(x, STD * np.asarray(START)[:, 0], atol=0.012)
 
 
-@pytest.mark.parametrize("diffusion", DIFFUSIONS)
-def test_the_sde_returns_the_variance_of_the_data_for_every_diffusion(diffusion):
-    flow = Flow(sampling_cut=0.02 if diffusion == "sbdm" else None)
-    # A last step by the SDE's drift would shrink it: half a pull without its noise.
-    options = {"diffusion": diffusion, "last_step": "euler"}
-    x = draw(flow, sampler="sde", num_steps=250, **options)
-    np.testing.assert_allclose(x.var(), STD**2, rtol=0.04)
-    assert abs(x.mean()) < 0.02
+def test_diffusions_are_those_of_their_names():
+    t = jnp.array([0.2, 0.5, 0.9])
+    at = Flow(path="gvp").scales(t)
+    sigma, turn = np.cos(np.pi * t / 2), np.tan(np.pi * t / 2)
+    known = {
+        "constant": np.ones(3),
+        "sigma": sigma,
+        "linear": 1 - t,
+        # g = pi/2 (sigma^2 / tan + sigma alpha) = pi/2 / tan.
+        "sbdm": np.pi / 2 / turn,
+        "decreasing": (np.cos(np.pi * t) + 1) ** 2 / 4,
+        "increasing_decreasing": np.sin(np.pi * t) ** 2,
+    }
+    assert sorted(known) == sorted(DIFFUSION) == sorted(DIFFUSIONS)
+    for name, values in known.items():
+        np.testing.assert_allclose(DIFFUSION[name](at, t), values, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("flow", "last_step"),
+    ("flow", "options"),
     [
-        (Flow(), "mean"),
-        (Flow(path="gvp", target="noise"), "mean"),
-        (Flow(path="vp"), "tweedie"),
+        (Flow(), {}),
+        (Flow(path="gvp", target="noise"), {"last_step": "mean"}),
+        (Flow(path="vp"), {"last_step": "tweedie"}),
+        # A last step by the SDE's drift would shrink these: a pull without its noise.
+        (Flow(), {"diffusion": "constant", "last_step": "euler"}),
+        (Flow(sampling_cut=0.02), {"diffusion": "sbdm", "last_step": "euler"}),
     ],
-    ids=repr,
+    ids=["default", "gvp-noise", "vp-tweedie", "constant", "sbdm"],
 )
-def test_the_sde_returns_it_on_other_paths_and_by_other_last_steps(flow, last_step):
-    x = draw(flow, sampler="sde", num_steps=400, last_step=last_step)
+def test_the_sde_returns_the_variance_of_the_data(flow, options):
+    x = draw(flow, sampler="sde", num_steps=400, **options)
     np.testing.assert_allclose(x.var(), STD**2, rtol=0.04)
+    assert abs(x.mean()) < 0.02
 
 
 def test_the_last_step_is_free_of_noise_and_of_three_kinds():

@@ -71,3 +71,16 @@ def test_a_last_step_that_leaves_no_time_is_refused():
 def test_a_start_of_another_shape_is_refused():
     text = r"start must have the shape of the samples, \(2, 1\); got .*\(2,\)"
     refused(Flow(), "euler", text, start=jnp.zeros(2))
+
+
+def test_keys_of_another_number_than_rows_are_refused():
+    keys = jax.random.split(jax.random.key(0), 3)
+    with pytest.raises(UserError, match=r"one a row; got keys of shape \(3,\)"):
+        sample(
+            lambda x, times: x,
+            Flow(),
+            shape=(2, 1),
+            prng_key=keys,
+            sampler="euler",
+            num_steps=2,
+        )

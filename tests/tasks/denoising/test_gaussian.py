@@ -187,22 +187,23 @@ def test_divergence_is_the_integral_of_its_definition():
     assert normal_kl(jnp.float32(0), jnp.float32(-3), jnp.float32(-3)) == 0
 
 
-def test_the_shares_of_all_bytes_add_up_to_one_and_small_ones_keep_their_digits():
+@pytest.mark.parametrize("mean", [0.93, -0.93])
+def test_the_shares_of_all_bytes_add_up_to_one_and_small_ones_keep_their_digits(mean):
     bytes_ = np.arange(256) / 127.5 - 1
-    log_std = np.log(0.02)
     nats = jax.jit(bin_nll)(
-        jnp.asarray(bytes_, jnp.float32), mean=jnp.float32(0.93), log_std=log_std
+        jnp.asarray(bytes_, jnp.float32), mean=jnp.float32(mean), log_std=np.log(0.02)
     )
     np.testing.assert_allclose(np.exp(-np.float64(nats)).sum(), 1.0, rtol=1e-5)
-    edges = (bytes_[:, None] + np.array([-1, 1]) / 255 - 0.93) / 0.02
+    edges = (bytes_[:, None] + np.array([-1, 1]) / 255 - mean) / 0.02
     # From the tail in which the difference does not cancel.
     tails = scipy.stats.norm.sf(np.abs(edges))
-    inside = (np.abs(bytes_ - 0.93) < 0.13) & (np.abs(edges).min(axis=1) > 1)
+    inside = (np.abs(bytes_ - mean) < 0.13) & (np.abs(edges).min(axis=1) > 1)
     inside[[0, -1]] = False
     expected = -np.log(np.abs(tails[inside, 0] - tails[inside, 1]))
     np.testing.assert_allclose(nats[inside], expected, rtol=1e-4)
     # A byte out of reach has the largest loss there is.
-    np.testing.assert_allclose(nats[0], -np.log(1e-12), rtol=1e-6)
+    far = 0 if mean > 0 else -1
+    np.testing.assert_allclose(nats[far], -np.log(1e-12), rtol=1e-6)
 
 
 def test_times_are_uniform_and_levels_rise_with_them():
