@@ -36,7 +36,8 @@ def guided(
             others are the conditional half's. None: all. The authors of DiT guide 3
             of 4.
         interval: noise levels, from 0 (clean) to 1 (noise), in which guidance acts;
-            elsewhere the prediction is the conditional one (at the cost of both).
+            elsewhere the prediction is the conditional one, at half the cost where
+            no row is inside.
         level: times [B] -> noise levels [B], `process.level`; needed for an interval.
         rescale: share in [0, 1] of a prediction that is brought back to the standard
             deviation, over a row's guided channels, of the conditional one.
@@ -52,7 +53,7 @@ def guided(
         return lambda x, times: denoise(x, times, labels)
     both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 
-    def run(x: jax.Array, times: jax.Array) -> jax.Array:
+    def push(x, times, inside):
         count = _guided_channels(channels, x.shape[-1])
         output = denoise(jnp.concatenate([x, x]), jnp.concatenate([times, times]), both)
         with_label, without = jnp.split(output, 2)
@@ -62,11 +63,22 @@ def guided(
         if rescale:
             ratio = _spread(with_label) / _spread(result)
             result = result * (rescale * ratio + (1 - rescale))
-        if tuple(interval) != (0.0, 1.0):
-            now = level(times).reshape((-1,) + (1,) * (x.ndim - 1))
-            inside = (interval[0] <= now) & (now <= interval[1])
-            result = jnp.where(inside, result, with_label)
+        if inside is not None:
+            rows = inside.reshape((-1,) + (1,) * (x.ndim - 1))
+            result = jnp.where(rows, result, with_label)
         return jnp.concatenate([result.astype(output.dtype), rest], axis=-1)
+
+    def run(x: jax.Array, times: jax.Array) -> jax.Array:
+        if tuple(interval) == (0.0, 1.0):
+            return push(x, times, None)
+        now = level(times)
+        inside = (interval[0] <= now) & (now <= interval[1])
+        return jax.lax.cond(
+            jnp.any(inside),
+            push,
+            lambda x, times, inside: denoise(x, times, labels),
+            *(x, times, inside),
+        )
 
     return run
 

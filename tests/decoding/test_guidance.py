@@ -65,7 +65,22 @@ def test_guidance_acts_within_its_interval_of_noise_levels():
     output, _ = run(3.0, interval=(0.2, 0.6), level=Gaussian().level)
     everywhere, with_label = run(3.0)[0], halves()[0]
     np.testing.assert_array_equal(output[outside], with_label[outside])
-    np.testing.assert_array_equal(output[1], everywhere[1])
+    np.testing.assert_allclose(output[1], everywhere[1], rtol=1e-6)
+
+
+def test_steps_outside_the_interval_run_the_conditional_pass_alone():
+    ran = []
+
+    def network(x, times, labels):
+        jax.debug.callback(lambda x: ran.append(len(x)), x)
+        return x
+
+    options = {"interval": (0.2, 0.6), "level": Gaussian().level}
+    fn = guided(network, scale=3.0, labels=LABELS, null_label=NULL, **options)
+    for time in (100, 400, 900):
+        jax.block_until_ready(fn(X, jnp.full(3, time)))
+        jax.effects_barrier()
+    assert ran == [3, 6, 3]
 
 
 def test_rescaled_predictions_have_the_conditional_ones_spread():
