@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from attnjax.core.cli import run_main
+from attnjax.core.errors import UserError
 from attnjax.core.flags import parse_command_line
 
 
@@ -19,12 +20,36 @@ class Flags:
         keep_layers: layers that stay, from 0, e.g. 0,2,4; the others are left out
             (none: all).
         out: a JSON file for the metrics (none: the terminal alone).
+        judge: of a denoiser: the run of a classifier of the same classes, which names
+            samples and compares their features with the data's (none: no samples are
+            drawn).
+        per_class: samples of each class for the judge (none: 100).
+        guidance: their scale of classifier-free guidance (none: 1, without).
+        sampler: their sampler (none: ddim for Gaussian processes, heun for flows).
+        num_steps: its steps (none: 50).
+        seed: of their noise (none: 0).
     """
 
     workdir: str
     step: int | None = None
     keep_layers: tuple[int, ...] | None = None
     out: str | None = None
+    judge: str | None = None
+    per_class: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    num_steps: int | None = None
+    seed: int | None = None
+
+
+# What the settings of samples are when they are not given.
+SAMPLES = {
+    "per_class": 100,
+    "guidance": 1.0,
+    "sampler": None,
+    "num_steps": 50,
+    "seed": 0,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -33,8 +58,9 @@ def main(argv: list[str]) -> None:
         argv, Flags, program="attnjax.evaluate", config=False, overrides=True
     )
     flags = line.flags
+    samples = _samples(flags)
     from attnjax.decoding.evaluate import evaluate_run
-    from attnjax.decoding.run import load_run
+    from attnjax.decoding.run import load_run, require_denoiser
 
     run = load_run(
         flags.workdir,
@@ -42,7 +68,15 @@ def main(argv: list[str]) -> None:
         overrides=line.overrides,
         keep_layers=flags.keep_layers,
     )
+    if flags.judge is not None:
+        from attnjax.analysis.sample_quality import Judge, judged
+
+        judge = load_run(flags.judge)
+        Judge(judge, require_denoiser(run))  # before the time is spent
     metrics = evaluate_run(run)
+    if flags.judge is not None:
+        steps = samples.pop("num_steps")
+        metrics |= {"judge": flags.judge, **judged(run, judge, steps=steps, **samples)}
     for name, value in metrics.items():
         print(
             f"{name:16} {value:.6g}"
@@ -51,6 +85,23 @@ def main(argv: list[str]) -> None:
         )
     if flags.out is not None:
         Path(flags.out).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _samples(flags: Flags) -> dict:
+    """The settings of samples; UserError where nothing is drawn with them."""
+    given = {name: getattr(flags, name) for name in SAMPLES}
+    for name, value in given.items():
+        if value is not None and flags.judge is None:
+            raise UserError(
+                f"--{name}: belongs to the samples that --judge looks at; got "
+                f"{name}={value} without it. Add --judge RUN, the run of a classifier, "
+                "or leave it out."
+            )
+    if given["per_class"] is not None and given["per_class"] < 2:
+        raise UserError(
+            f"--per_class: must be at least 2; got per_class={given['per_class']}."
+        )
+    return {n: SAMPLES[n] if v is None else v for n, v in given.items()}
 
 
 if __name__ == "__main__":

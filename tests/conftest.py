@@ -6,7 +6,9 @@ and XLA is nearly twice as fast at it without its costly passes; tests of what X
 of a program for another machine put them back (tests/aot/conftest.py).
 """
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -18,3 +20,17 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_enable_compilation_cache", False)
+
+# Each compiled program is several mappings of memory, of which Linux gives a process
+# 65,530; the compiler ends the process when there are no more.
+MANY_MAPPINGS = 20_000
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between files, let go of compiled programs where there are many."""
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

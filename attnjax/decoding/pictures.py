@@ -1,6 +1,7 @@
 """Images drawn from a denoiser, and the sheets that show them."""
 
-from functools import partial
+import dataclasses
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -56,12 +57,19 @@ def draw(
             model was not trained for.
     """
     check_guidance(task.model, settings.guidance)
+    run = _program(task, dataclasses.replace(settings, seed=0), mesh)
+    key = jax.random.key(settings.seed)
+    return run(params, buffers, jnp.asarray(labels, jnp.int32), key)
+
+
+@lru_cache(maxsize=4)
+def _program(task, settings: DrawConfig, mesh):
+    """The compiled draw, for every evaluation of a run."""
     out = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    run = jax.jit(partial(_draw, task, settings), out_shardings=out)
-    return run(params, buffers, jnp.asarray(labels, jnp.int32))
+    return jax.jit(partial(_draw, task, settings), out_shardings=out)
 
 
-def _draw(task, settings: DrawConfig, params, buffers, labels):
+def _draw(task, settings: DrawConfig, params, buffers, labels, prng_key):
     model, process = task.model, task.process
 
     def denoise(x, times, labels):
@@ -77,7 +85,7 @@ def _draw(task, settings: DrawConfig, params, buffers, labels):
         guided,
         process,
         shape=(len(labels), side, side, channels),
-        prng_key=jax.random.key(settings.seed),
+        prng_key=prng_key,
         sampler=settings.sampler or default_sampler(process),
         num_steps=settings.steps,
     )

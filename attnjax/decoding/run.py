@@ -97,8 +97,8 @@ class LoadedDenoiser(Loaded):
         """int32 labels of classes, by name or number."""
         found = []
         for name in names:
-            if str(name) in self.class_names:
-                found.append(self.class_names.index(str(name)))
+            if isinstance(name, str) and name in self.class_names:
+                found.append(self.class_names.index(name))
             elif str(name).isdecimal() and int(name) < len(self.class_names):
                 found.append(int(name))
             else:
@@ -220,6 +220,16 @@ def require_text(config: dict, owner: str) -> None:
             f"{owner}: needs a language model; got a run with config.model.name={name}."
             " Its numbers: python -m attnjax.evaluate --workdir RUN"
         )
+
+
+def require_denoiser(run: Loaded) -> LoadedDenoiser:
+    """The run, if it is one of a denoiser; UserError if not."""
+    if not isinstance(run, LoadedDenoiser):
+        raise UserError(
+            f"--judge: looks at the samples of a denoiser; got {run.path}, "
+            f"config.model.name={run.config['model']['name']}. Leave it out."
+        )
+    return run
 
 
 def read_config(path: Path) -> dict:

@@ -50,6 +50,23 @@ def get_config():
 '''
 
 
+CLASSIFIER = '''
+"""A classifier of a few hundred parameters."""
+
+
+def get_config():
+    """The smallest run on images."""
+    model = {"name": "vit", "layers": "attention", "patch_size": 4, "num_layers": 1}
+    return {
+        "model": {**model, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8},
+        "data": {"name": "digits"},
+        "train": {"steps": 1, "batch_size": 8, "tensorboard": False},
+        "eval": {"batches": 1},
+        "mesh": {"data": 8},
+    }
+'''
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """The path of the config."""
@@ -119,6 +136,37 @@ def test_a_loaded_run_draws(run):
     assert loaded.pixels(images).dtype == np.uint8
     with pytest.raises(UserError, match="draw: steps must be at least 1; got 0"):
         loaded.draw([1], steps=0)
+
+
+@pytest.fixture(scope="module")
+def judge(file, run_door, tmp_path_factory):
+    """A classifier of the same images."""
+    workdir = tmp_path_factory.mktemp("judge") / "vit"
+    source = file.with_name("vit.py")
+    source.write_text(CLASSIFIER)
+    code, _, err = run_door(train.main, "--config", source, "--workdir", workdir)
+    assert code == 0, err
+    return workdir
+
+
+def test_a_classifier_judges_samples(run, judge, run_door, told, tmp_path):
+    out = tmp_path / "m.json"
+    words = ["--workdir", run, "--out", out, "--judge", judge]
+    few = ["--per_class", "3", "--num_steps", "2", "--guidance", "1.5"]
+    code, _, err = run_door(evaluate.main, *words, *few)
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    assert found["samples"] == 30 and 0 <= found["named"] <= 1
+    assert found["frechet"] > found["frechet_held_out"] > 0
+    assert "must be a run of a classifier" in told(
+        evaluate.main, "--workdir", run, "--judge", run
+    )
+    assert "looks at the samples of a denoiser" in told(
+        evaluate.main, "--workdir", judge, "--judge", judge
+    )
+    assert "--guidance: belongs to the samples" in told(
+        evaluate.main, "--workdir", run, "--guidance", "2"
+    )
 
 
 def test_a_plan_counts_images(file, run_door):
