@@ -69,8 +69,15 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["source"] or "textbook",
         ", ".join(entries.capability_words(entry["capabilities"])),
         ", ".join(entry["forms"]),
-        entries.decode_words(entry["decode"]),
+        decode_words(entry),
     )
+
+
+def decode_words(entry: dict[str, Any]) -> str:
+    """How a mechanism decodes: "exact", "differs: ...", or "none"."""
+    if not entry["capabilities"]["decode"]:
+        return "none"
+    return entries.decode_words(entry["decode"])
 
 
 def plain_table(rows: list[tuple[str, ...]]) -> str:
@@ -93,7 +100,7 @@ def describe(entry: dict[str, Any]) -> str:
         f"  forms   {', '.join(entry['forms'])}",
     ]
     can = ", ".join(entries.capability_words(entry["capabilities"]))
-    lines += [f"  can     {can}", f"  decode  {entries.decode_words(entry['decode'])}"]
+    lines += [f"  can     {can}", f"  decode  {decode_words(entry)}"]
     for name in ("limits", "deviations"):
         lines += ["", name] * bool(entry[name])
         for sentence in entry[name]:

@@ -168,8 +168,11 @@ class Channel(attention.Mixer):
         windowed.refuse_attend(self, "davit")
 
     def known_hooks(self) -> tuple[str, ...]:
-        """Those of `attention` without scores; the weights are A, [B, K, D, D]."""
-        return tuple(h for h in super().known_hooks() if h != "scores")
+        """Those of `attention` but scores and weights of tokens, and A,
+        [B, K, D, D]."""
+        known = super().known_hooks()
+        of_tokens = windowed.LAID_OPEN
+        return (*(what for what in known if what not in of_tokens), "channel_map")
 
     def attend(self, x, qkv, mask, operands: dict, call: Call, *, spec=None):
         """(query [B, T, H, D], key and value [B, T, K, D]) to the heads
@@ -178,7 +181,7 @@ class Channel(attention.Mixer):
         query, key, value = qkv
         scale = (query.shape[1] if self.by_tokens else query.shape[3]) ** -0.5
         weights = channel_map(key, value, scale=scale)
-        weights = call.probe("weights", weights, head_axis=1).astype(query.dtype)
+        weights = call.probe("channel_map", weights, head_axis=1).astype(query.dtype)
         batch, length, _, dim = query.shape
         groups = query.reshape(batch, length, key.shape[2], -1, dim)
         return jnp.einsum("bkde,btkge->btkgd", weights, groups).reshape(query.shape)
@@ -315,8 +318,8 @@ SPEC = MixerSpec(
         "they grow with the number of tokens, and a model of one image size has "
         "sharper weights at a larger one.",
         "No causal form: the channels' part sees all tokens at once.",
-        "Scores and weights of windows have no hooks; the weights of the channels' "
-        "part are its map [B, K, D, D].",
+        "With mask_padding=false hooks of the windows' part read and change the "
+        "tokens that fill up the grid too.",
         "The paper's backbone (overlapping patch embeddings, four stages) is not built "
         "in: a layer keeps the grid as it is.",
     ),

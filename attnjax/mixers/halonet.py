@@ -115,16 +115,20 @@ def reference(query, key, value, *, windows: cuts.Windows, tables=()):
     """
     key, value = (jnp.repeat(a, query.shape[2] // a.shape[2], 2) for a in (key, value))
     scores = jnp.einsum("bthd,bshd->bhts", query, key) / query.shape[-1] ** 0.5
-    sees = windows.sees()
-    places = np.unravel_index(np.arange(len(sees)), windows.grid)
     for axis, table in enumerate(tables):
-        at = places[axis]
-        # j - i is the offset on the grid, moved by the halo.
-        row = at - at[:, None] + windows.halo[axis] + windows.seen[axis] - 1
-        rows = table[np.where(sees, row, 0)]
-        scores = scores + jnp.einsum("bthd,tsd->bhts", query, rows)
-    weights = jax.nn.softmax(scores, axis=-1, where=sees)
+        scores = scores + _of_pairs(query, table, windows, axis)
+    weights = jax.nn.softmax(scores, axis=-1, where=windows.sees())
     return jnp.einsum("bhts,bshe->bthe", weights, value)
+
+
+def _of_pairs(query, table: jax.Array, windows: cuts.Windows, axis: int) -> jax.Array:
+    """Queries [B, T, H, D] times the embeddings of one axis for every two tokens,
+    [B, H, T, T]; anything where they do not see one another."""
+    at = np.unravel_index(np.arange(query.shape[1]), windows.grid)[axis]
+    # j - i is the distance on the grid, and the halo.
+    row = at - at[:, None] + windows.halo[axis] + windows.seen[axis] - 1
+    row = np.where(windows.sees(), row, 0)
+    return jnp.einsum("bthd,tsd->bhts", query, jnp.take(table, row, axis=0))
 
 
 class Mixer(windowed.Windowed):
@@ -163,11 +167,8 @@ class Mixer(windowed.Windowed):
         embedding of each of the m places of an axis, and which of them the key has."""
         if self.config.relative == "none":
             return spec, {}
-        extra, query = call.ctx.extra_tokens, call.notes[id(self)]
-        rows = self.rows(0, query, extra)
-        if self.config.relative == "scaled":
-            scale = spec.scale or query.shape[-1] ** -0.5
-            rows = rows * jnp.asarray(scale, rows.dtype)
+        extra = call.ctx.extra_tokens
+        rows = self.rows(0, self._embedded(call), extra)
         of_query = [self._along(axis, rows) for axis in range(len(self.windows.grid))]
         of_key = np.pad(_places(self.windows.seen), ((extra, 0), (0, 0)))
         spec = dataclasses.replace(spec, score=(kernels.LowRankBias(), *spec.score))
@@ -176,11 +177,32 @@ class Mixer(windowed.Windowed):
             "bias_k": jnp.asarray(of_key[None, :, None], rows.dtype),
         }
 
+    def bias_of_tokens(self, call: Call):
+        """The embeddings' scores of all pairs, [B, H, T, T]."""
+        if self.config.relative == "none":
+            return None
+        query = self._embedded(call)[:, call.ctx.extra_tokens :]
+        return sum(
+            _of_pairs(query, self._table(axis, query), self.windows, axis)
+            for axis in range(len(self.windows.grid))
+        )
+
+    def _embedded(self, call: Call) -> jax.Array:
+        """The query that the embeddings are times, [B, T, H, D]."""
+        query = call.notes[id(self)]
+        if self.config.relative == "unscaled":
+            return query
+        scale = self.config.scale or query.shape[-1] ** -0.5
+        return query * jnp.asarray(scale, query.dtype)
+
+    def _table(self, axis: int, like: jax.Array) -> jax.Array:
+        return getattr(self, f"relative_{axis}")[...].astype(like.dtype)
+
     def _along(self, axis: int, rows: jax.Array) -> jax.Array:
         """Queries [B N, L, H, D] times the embeddings of the m places of one axis,
         [B N, L, H, m]."""
         size, halo = self.windows.size, self.windows.halo
-        table = getattr(self, f"relative_{axis}")[...].astype(rows.dtype)
+        table = self._table(axis, rows)
         table = jnp.take(table, relative_rows(size[axis], halo[axis]), axis=0)
         before, own = math.prod(size[:axis]), size[axis]
         split = rows.reshape(len(rows), before, own, -1, *rows.shape[2:])
@@ -287,7 +309,8 @@ SPEC = MixerSpec(
         "shift by one does not.",
         "No causal form. Along a sequence, blocks that look back alone are "
         "neighborhood_attention with causal=true, stride=b, window=b + h.",
-        "Scores and weights are those of windows: there are no hooks on them.",
+        "With border=zero what a query sees are not tokens alone: there are no hooks "
+        "on scores and weights.",
         "Downsampling by attention (queries at every s-th place) is left out, as are "
         "the paper's bottleneck blocks and stages: a layer keeps the grid as it is.",
     ),

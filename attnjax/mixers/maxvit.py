@@ -154,11 +154,16 @@ def reference(query, key, value, *, windows: cuts.Windows, bias=None):
     """
     key, value = (jnp.repeat(a, query.shape[2] // a.shape[2], 2) for a in (key, value))
     scores = jnp.einsum("bthd,bshd->bhts", query, key) / query.shape[-1] ** 0.5
-    own, place = windows.token_windows()
     if bias is not None:
-        scores = scores + bias[:, offsets(windows.size)[place[:, None], place]]
-    weights = jax.nn.softmax(scores, axis=-1, where=own[:, None] == own)
+        scores = scores + _of_pairs(bias, windows)
+    weights = jax.nn.softmax(scores, axis=-1, where=windows.sees())
     return jnp.einsum("bhts,bshe->bthe", weights, value)
+
+
+def _of_pairs(table: jax.Array, windows: cuts.Windows) -> jax.Array:
+    """The bias of every two tokens by their places in their windows, [H, T, T]."""
+    _, place = windows.token_windows()
+    return jnp.take(table, offsets(windows.size)[place[:, None], place], axis=1)
 
 
 class Part(windowed.Windowed):
@@ -193,6 +198,15 @@ class Part(windowed.Windowed):
         table = resized(self.window_bias[...], self.bias_size, size)
         table = jnp.take(table, offsets(size), axis=1)
         return windowed.with_bias(spec, table, call.ctx.extra_tokens)
+
+    def bias_of_tokens(self, call):
+        """The biases of the offsets, [1, H, T, T]."""
+        del call
+        if self.window_bias is None:
+            return None
+        size = self.windows.size
+        table = resized(self.window_bias[...], self.bias_size, size)
+        return _of_pairs(table, self.windows)[None]
 
 
 class Mixer(windowed.Parts):
@@ -273,7 +287,6 @@ SPEC = MixerSpec(
         "Blocks alone never pass anything on to another block. After blocks and "
         "lattices every token depends on every other where P * G is at least the "
         "length of each axis.",
-        "Scores and weights are those of windows: there are no hooks on them.",
         "The paper's backbone (convolutional stem, strided MBConv in front of each "
         "pair, four stages) is not built in: a layer keeps the grid as it is.",
     ),
@@ -312,5 +325,4 @@ VARIANTS = (
         "scale": 0.7,
         "output": ({"type": "gated_attention"},),
     },
-    {"parts": "grid", "relative_bias": False},
 )

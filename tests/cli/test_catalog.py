@@ -92,6 +92,12 @@ def test_decoding_is_told_in_words(decode, words):
     assert entries.decode_words(decode) == words
 
 
+def test_what_does_not_decode_has_no_words_for_how():
+    entry = entries.entry(discovery.find("davit"))
+    assert catalog.decode_words(entry) == "none"
+    assert "  decode  none" in catalog.describe(entry).splitlines()
+
+
 def test_capabilities_are_told_in_words():
     can = Capabilities(cross=True, grid=(1, 2), needs_grid=True, decode=False)
     assert entries.capability_words(can) == [

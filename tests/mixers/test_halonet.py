@@ -1,5 +1,6 @@
 """Facts of halo attention (arXiv 2103.12731)."""
 
+import functools
 import itertools
 
 import jax
@@ -19,6 +20,7 @@ from grid_layers import (
     wide,
 )
 
+from attnjax.conformance.subject import jitted
 from attnjax.core.errors import UserError
 from attnjax.mixers import attention, halonet, neighborhood_attention
 
@@ -101,7 +103,8 @@ def test_the_form_of_a_mask_is_that_of_windows():
     params = wide(s.arrays[0])
     tables = [jnp.asarray(params[f"relative_{axis}"]) for axis in (0, 1)]
     cut = halonet.windows_of(s.config, grid)
-    found = halonet.reference(*heads(params, x, D), windows=cut, tables=tables)
+    reference = functools.partial(halonet.reference, windows=cut)
+    found = jitted(reference)(*heads(params, x, D), tables=tables)
     close(s.y(x, ctx), out(params, np.asarray(found, np.float64)))
 
 

@@ -18,7 +18,7 @@ from attnjax.mixers.slots import options
 from attnjax.mixers.slots.base import Call
 from attnjax.mixers.slots.windows import Windows, check_request_on_grid
 
-# What has no meaning as one array [B, H, T, S] where rows are windows.
+# Hooks for which all pairs of tokens are computed, [B, H, T, T].
 LAID_OPEN = ("scores", "weights")
 
 
@@ -47,13 +47,19 @@ class Windowed(attention.Mixer):
         refuse_attend(self, owner)
 
     def known_hooks(self) -> tuple[str, ...]:
-        """Those of `attention` that do not lay rows open."""
-        return tuple(h for h in super().known_hooks() if h not in LAID_OPEN)
+        """Those of `attention`; scores and weights are [B, H, T, T], where what is
+        seen are tokens alone."""
+        known = super().known_hooks()
+        if self.windows.masked:
+            return known
+        return tuple(what for what in known if what not in LAID_OPEN)
 
     def attend(self, x, qkv, mask, operands: dict, call: Call, *, spec=None):
         """(query [B, T, H, D], key [B, T, K, D], value [B, T, K, E]) to the heads
         [B, T, H, E]: one call with a row for each window, one for the extra tokens."""
         extra, spec = call.ctx.extra_tokens, spec or self.spec
+        if any(hook.what in LAID_OPEN for hook in call.ctx.hooks):
+            return self._laid_open(x, qkv, operands, call, spec)
         own, more = self.of_windows(spec, call)
         rows = tuple(self.rows(i, a, extra) for i, a in enumerate(qkv))
         visible = self.windows.visible()
@@ -82,6 +88,25 @@ class Windowed(attention.Mixer):
             rows = jnp.concatenate([first, rows], axis=2)
         return _joined(rows)
 
+    def _laid_open(self, x, qkv, operands: dict, call: Call, spec):
+        """The same with all pairs of tokens, for hooks on them."""
+        extra = call.ctx.extra_tokens
+        sees = np.pad(self.windows.sees(), (extra, 0), constant_values=True)
+        operands = operands | {"sees": jnp.asarray(sees)}
+        bias = self.bias_of_tokens(call)
+        if bias is not None:
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (extra, 0), (extra, 0)))
+            spec = dataclasses.replace(spec, score=(kernels.Bias(), *spec.score))
+            operands = operands | {"bias": bias}
+        mask = kernels.MaskFn(entry_of, ("sees",), ("table",))
+        return super().attend(x, qkv, mask, operands, call, spec=spec)
+
+    def bias_of_tokens(self, call: Call) -> jax.Array | None:
+        """What `of_windows` adds to the scores of the grid's tokens, [B or 1, H, T, T]
+        and anything where they do not see one another; None for nothing."""
+        del call
+        return None
+
     def of_windows(
         self, spec: kernels.AttentionSpec, call: Call
     ) -> tuple[kernels.AttentionSpec, dict[str, jax.Array]]:
@@ -89,6 +114,12 @@ class Windowed(attention.Mixer):
         stand in front of the keys of each."""
         del call
         return spec, {}
+
+
+def entry_of(b, h, q, k, table) -> jax.Array:
+    """table[q, k]: the rule of a mask that is written out."""
+    del b, h
+    return table[q, k]
 
 
 def _joined(rows: jax.Array) -> jax.Array:
