@@ -11,17 +11,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attnjax.core.errors import UserError
 from attnjax.decoding import denoising, guidance
-from attnjax.tasks.denoising import Gaussian
+from attnjax.tasks.denoising.sampling import default_sampler
 from attnjax.training.settings import DrawConfig
 
 # Images on a sheet are enlarged to at least this many pixels a side.
 SHOWN_SIDE = 32
 GAP = 2
-
-
-def default_sampler(process: Any) -> str:
-    """The sampler of a process where none is named."""
-    return "ddim" if isinstance(process, Gaussian) else "heun"
 
 
 def check_guidance(model: Any, scale: float) -> None:

@@ -71,7 +71,7 @@ class DrawConfig:
         per_class: images of each class in the picture, one class a column (0: no
             picture).
         classes: the first so many classes.
-        sampler: a name of `decoding.denoising.SAMPLERS` (none: ddim for Gaussian
+        sampler: a name of `tasks.denoising.sampling.SAMPLERS` (none: ddim for Gaussian
             processes, heun for flows).
         steps: passes of the sampler.
         guidance: scale of classifier-free guidance (1: none).

@@ -204,6 +204,14 @@ def test_held_out_images_of_a_denoiser_know_their_place(made):
         ),
         ({"eval": {"draw": {"steps": 0}}}, "steps must be at least 1; got 0"),
         ({"eval": {"draw": {"guidance": -1.0}}}, "guidance must not be negative"),
+        ({"eval": {"draw": {"sampler": "ddpn"}}}, "unknown sampler 'ddpn'.*ddpm"),
+        (
+            {
+                "task": {"noise": {"process": "flow"}},
+                "eval": {"draw": {"sampler": "ddim"}},
+            },
+            "must be one of euler, heun, sde for a process of kind flow",
+        ),
     ],
 )
 def test_settings_of_a_denoiser_that_do_not_fit_are_refused(given, message):

@@ -7,8 +7,8 @@ import jax
 from attnjax.core.errors import UserError
 from attnjax.decoding.denoising import chains, flows
 from attnjax.decoding.denoising.draws import normal, split
-from attnjax.decoding.denoising.settings import SAMPLERS, Settings
 from attnjax.tasks.denoising import Flow, Gaussian
+from attnjax.tasks.denoising.sampling import SAMPLERS, Settings
 
 __all__ = ["SAMPLERS", "Settings", "sample"]
 

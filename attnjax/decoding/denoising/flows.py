@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.decoding.denoising.draws import normal, split
-from attnjax.decoding.denoising.settings import Settings
 from attnjax.tasks.denoising import Flow
 from attnjax.tasks.denoising.flow import Scales
+from attnjax.tasks.denoising.sampling import Settings
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 

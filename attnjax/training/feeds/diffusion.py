@@ -11,6 +11,7 @@ from attnjax.core import schema
 from attnjax.core.errors import UserError
 from attnjax.models import dit
 from attnjax.tasks import denoising, diffusion
+from attnjax.tasks.denoising import sampling
 from attnjax.training import sharding
 from attnjax.training.feeds.base import Batch, Reference
 from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
@@ -52,6 +53,10 @@ class DiffusionFeed(ImageFeed):
                 f"got mixup={mixup}, config.model.name=dit. Set it to 0."
             )
         draw = schema.build(DrawConfig, config["eval"]["draw"])
+        task = schema.build(diffusion.Config, config["task"], path="config.task")
+        process = denoising.make(task.noise)
+        sampler = draw.sampler or sampling.default_sampler(process)
+        sampling.Settings(sampler=sampler, num_steps=draw.steps).check(process)
         if draw.guidance != 1.0 and not config["model"]["label_dropout"]:
             raise UserError(
                 "config.eval.draw.guidance: needs a model that was also trained "

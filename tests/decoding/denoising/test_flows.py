@@ -9,7 +9,7 @@ import pytest
 
 from attnjax.decoding.denoising import sample
 from attnjax.decoding.denoising.flows import DIFFUSION
-from attnjax.decoding.denoising.settings import DIFFUSIONS
+from attnjax.tasks.denoising.sampling import DIFFUSIONS
 from attnjax.tasks.denoising import Flow
 
 STD = 0.6

@@ -136,3 +136,8 @@ class Settings:
         """First time of the SDE, and that from which its last step goes to the end."""
         size = 0.04 if self.last_step_size is None else self.last_step_size
         return flow.interval(sampling=True)[0], 1.0 - size
+
+
+def default_sampler(process: Gaussian | Flow) -> str:
+    """The sampler of a process where none is named: without noise on the way."""
+    return "ddim" if isinstance(process, Gaussian) else "heun"
