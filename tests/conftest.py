@@ -23,7 +23,7 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 # Each compiled program is several mappings of memory, of which Linux gives a process
 # 65,530; the compiler ends the process when there are no more.
-MANY_MAPPINGS = 20_000
+MANY_MAPPINGS = 10_000
 
 
 def pytest_runtest_teardown(item, nextitem):
