@@ -56,11 +56,17 @@ def tiny(command: str) -> str:
     command = command.replace("configs/", f"{ROOT}/configs/")
     command = command.replace("train.steps=400", "train.steps=3")
     command = command.replace("experiments/smoke/sweep.py", "sweep.py")
+    if "attnjax.generate --workdir runs/dit" in command:
+        return f"{command} --num_steps 2"
+    if "--judge" in command:
+        return f"{command} --num_steps 2 --per_class 2"
     if "attnjax.train --config" not in command:
         return command
     layers = 4 if "*3" in command else 2
     changes = TINY.format(layers=layers).split()
-    if "vit_quickstart" in command:
+    if "dit_quickstart" in command:
+        changes.append("eval.draw.steps=1")
+    if "vit_quickstart" in command or "dit_quickstart" in command:
         changes = [change for change in changes if "seq_len" not in change]
         changes.append("train.steps_per_dispatch=1")
     if "fsdp=4" in command:
