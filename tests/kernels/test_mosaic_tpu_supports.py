@@ -42,6 +42,12 @@ def test_auto_takes_the_kernels_on_a_tpu_and_says_so():
     assert "pallas_call" in str(traced)
 
 
+def test_a_bias_of_less_than_a_tile_is_taken():
+    """Of 49 tokens, a window of 7 x 7, where a tile has 128 keys."""
+    spec, bias = AttentionSpec(score=kernels.Bias()), jnp.zeros((1, 4, 49, 49))
+    assert mosaic_tpu.supports(request_of(spec, {"bias": bias}, t=49)) is None
+
+
 def test_products_of_mixed_dtypes_are_float32():
     q, k, v = shapes()
     wide = jax.ShapeDtypeStruct(k.shape, jnp.float32)

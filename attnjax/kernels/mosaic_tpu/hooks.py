@@ -155,7 +155,7 @@ def _shapes(request: Request, dtypes) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(
             tuple(
-                min(size, sizes[letter])
+                1 if size == 1 else sizes[letter]
                 for size, letter in zip(given[name], known[name].axes, strict=True)
             ),
             dtype,
