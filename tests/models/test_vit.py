@@ -397,6 +397,10 @@ def test_the_grid_that_mixers_see_is_that_of_the_patches():
     assert (model.dims.rope.grid, model.dims.rope.extra_tokens) == ((3, 3), 3)
 
 
+# Windows that divide a grid of 3 x 3.
+FITTING = {"halonet": {"block": 3, "halo": 1}, "maxvit": {"window": 3}}
+
+
 def bidirectional():
     names = discovery.names()
     return [n for n in names if discovery.find(n).SPEC.capabilities.bidirectional]
@@ -407,7 +411,7 @@ def test_every_bidirectional_mixer_of_the_catalog_is_a_layer():
     names = bidirectional()
     assert len(names) >= 15
     sizes = dict(num_layers=len(names), positions="rope", registers=1)
-    model = make(layers=tuple(names), pool="mean", **sizes)
+    model = make(layers=tuple(names), pool="mean", mixers=FITTING, **sizes)
     params, buffers = jax.eval_shape(model.init, 0)
     images = jax.ShapeDtypeStruct((B, SIDE, SIDE, CHANNELS), jnp.float32)
 
