@@ -127,7 +127,9 @@ class Hook:
             stream behind the layer.
         layers: absolute layer indices; None means every layer.
         heads: head indices; None means every head.
-        action: "record", or the intervention: "scale", "add", "replace".
+        action: "record", or the intervention: "scale", "add", "replace"; of "weights"
+            also "blend_identity" and "blend_uniform", which move heads by a share
+            towards their own value or the mean one (`mixers/slots/blending.py`).
     """
 
     name: str

@@ -25,6 +25,7 @@ from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers.requests import check_request
 from attnjax.mixers.slots import (
     across_devices,
+    blending,
     cache,
     explicit,
     options,
@@ -335,21 +336,22 @@ class Mixer(nnx.Module):
         operands = operands | self._constants(spec)
         for slot in self.slots():
             spec, operands = slot.attend(x, spec, operands, call)
-        if any(hook.what in ("scores", "weights") for hook in call.ctx.hooks):
+        hooks = [h for h in call.ctx.hooks if h.what in ("scores", "weights")]
+        blends = all(hook.action in blending.ACTIONS for hook in hooks)
+        if hooks and (spec.epilogue or not blends):
             return explicit.attention(*qkv, spec, operands, call)
-        dims = self.dims
+        run = partial(
+            across_devices.attention,
+            rows=call.ctx.rows,
+            implementation=self.dims.kernel,
+            target=self.dims.target,
+            form=call.ctx.sequence_form,
+        )
         try:
-            return across_devices.attention(
-                *qkv,
-                spec,
-                operands,
-                rows=call.ctx.rows,
-                implementation=dims.kernel,
-                target=dims.target,
-                form=call.ctx.sequence_form,
-            )
+            return _blended(hooks, run, qkv, spec, operands, call)
         except NotImplementedError as error:
-            raise UserError(f"config.model.kernel={dims.kernel}: {error}") from error
+            kernel = self.dims.kernel
+            raise UserError(f"config.model.kernel={kernel}: {error}") from error
 
     def _constants(self, spec: kernels.AttentionSpec) -> dict[str, jax.Array]:
         """The arrays of the layer itself that `spec` needs."""
@@ -426,6 +428,31 @@ class Mixer(nnx.Module):
             operands["q_offset"] = first
         mask = reach.mask(ctx, self.reach, segments=True)
         return (query, state.key, state.value), mask, operands, state
+
+
+def _blended(hooks, run, qkv, spec, operands: dict, call: Call):
+    """What `run` gives, its heads moved by the hooks (`blending`)."""
+    out = run(*qkv, spec, operands)
+    if not hooks:
+        return out
+    heads, *log_sums = out if spec.return_lse else (out,)
+    query, key, value = qkv
+
+    def mean():
+        if spec.mask == kernels.Full() and "kv_mask" not in operands:
+            groups = query.shape[2] // value.shape[2]
+            wide = jnp.promote_types(value.dtype, jnp.float32)
+            flat = jnp.mean(value, axis=1, keepdims=True, dtype=wide)
+            return jnp.repeat(flat, groups, axis=2)
+        # Scores of 0 weigh all keys that the mask shows alike.
+        plain = kernels.AttentionSpec(mask=spec.mask)
+        gone = {o.name for o in spec.operands} - {o.name for o in plain.operands}
+        kept = {name: a for name, a in operands.items() if name not in gone}
+        return run(jnp.zeros_like(query), key, value, plain, kept)
+
+    for hook in hooks:
+        heads = blending.of_heads(hook, call.ctx, heads, value, mean)
+    return (heads, *log_sums) if spec.return_lse else heads
 
 
 def _check_kernel(name: str) -> None:

@@ -7,7 +7,8 @@ body a layer's arrays are merged with its static graph definition and called.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 from attnjax import nn
 from attnjax.core.context import Context, Hook, MixerOut
 from attnjax.core.errors import UserError
-from attnjax.mixers.slots import probes
+from attnjax.mixers.slots import blending, probes
 from attnjax.models.layout import Layout
 
 # The hook of every layer that is not its mixer's: the residual stream [B, T, C] behind
@@ -50,6 +51,33 @@ class StackOut:
     streams: dict[str, jax.Array]
 
 
+# (kind, name) -> what each scan over layers reports, [layers].
+Scalars = dict[tuple[str, str], list[jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What the layers of one stack return; see `StackOut` and `joined`."""
+
+    scalars: Scalars
+    records: dict[int, dict[str, jax.Array]]
+    buffers: dict
+    streams: dict[str, jax.Array]
+
+
+def joined(parts: Sequence[Part]) -> StackOut:
+    """What the layers of stacks return that run one behind the other."""
+    scalars: Scalars = {}
+    records, buffers = {}, {}
+    for part in parts:
+        for key, values in part.scalars.items():
+            scalars.setdefault(key, []).extend(values)
+        records |= part.records
+        buffers |= part.buffers
+    losses, metrics = (_means(scalars, kind) for kind in ("losses", "metrics"))
+    return StackOut(losses, metrics, records, buffers, parts[-1].streams)
+
+
 class Stack:
     """Static description of the layers: what to build and how to run it.
 
@@ -58,6 +86,8 @@ class Stack:
         make_block: (instance name, rngs=) -> a Block.
         remat: "none", "dots" or "full".
         unroll: how many repeats one scan iteration runs; "all" unrolls.
+        groups: which of the layout's groups are its own (None: all); hooks and records
+            name layers of the whole layout.
     """
 
     def __init__(
@@ -67,21 +97,24 @@ class Stack:
         *,
         remat: str = "none",
         unroll: int | str = 1,
+        groups: range | None = None,
     ):
         self.layout = layout
+        self.groups = range(len(layout.groups)) if groups is None else groups
         self.remat = remat
         self.unroll = unroll
         self._make_block = make_block
-        self._graphs = {name: _graph_of(name, make_block) for name in set(layout.names)}
+        names = {name for g in self.groups for name in layout.groups[g][0]}
+        self._graphs = {name: _graph_of(name, make_block) for name in names}
 
     # ---- parameters
 
     def init(self, key: jax.Array) -> tuple[dict, dict]:
         """Initial (params, buffers); a function of (key, parameter path, layer)."""
         params, buffers = {}, {}
-        for g, (pattern, _) in enumerate(self.layout.groups):
+        for g in self.groups:
             group_params, group_buffers = {}, {}
-            for j, name in enumerate(pattern):
+            for j, name in enumerate(self.layout.groups[g][0]):
                 layers = jnp.asarray(self.layout.layers_of(g, j), jnp.int32)
                 values = jax.vmap(lambda i, n=name: self._init_layer(n, key, i))(layers)
                 group_params[f"sub_{j}"], group_buffers[f"sub_{j}"] = values
@@ -105,12 +138,19 @@ class Stack:
         Raises:
             UserError: when a hook names a layer that is not there.
         """
+        x, part = self.part(params, buffers, x, ctx)
+        return x, joined([part])
+
+    def part(
+        self, params: dict, buffers: dict, x: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, "Part"]:
+        """`apply`, with what several stacks of one layout join."""
         self._check_hooks(ctx)
         carry = (x, dict(ctx.streams))
-        scalars: dict[tuple[str, str], list[jax.Array]] = {}
+        scalars: Scalars = {}
         records: dict[int, dict] = {}
         new_buffers = {}
-        for g in range(len(self.layout.groups)):
+        for g in self.groups:
             name = f"group_{g}"
             carry, outs = self._group(g, params[name], buffers[name], carry, ctx)
             pieces = []
@@ -122,8 +162,7 @@ class Stack:
                 pieces.append(part_buffers)
             new_buffers[name] = _concatenate(pieces)
         x, streams = carry
-        losses, metrics = (_means(scalars, kind) for kind in ("losses", "metrics"))
-        return x, StackOut(losses, metrics, records, new_buffers, streams)
+        return x, Part(scalars, records, new_buffers, streams)
 
     def _check_hooks(self, ctx: Context) -> None:
         depth = len(self.layout.names)
@@ -135,6 +174,14 @@ class Stack:
                     f"hook {hook.name}: layers must be in [0, {depth}); got "
                     f"{list(hook.layers)}."
                 )
+            if hook.action not in blending.ACTIONS:
+                continue
+            shape = jnp.shape(ctx.interventions.get(hook.name, 0.0))
+            if len(shape) == 2 and shape[0] != depth:
+                raise UserError(
+                    f"hook {hook.name}: an array of layers and heads needs {depth} "
+                    f"rows, one a layer of the model; got shape={shape}."
+                )
 
     def _collect(self, g, first, count, part_records, records) -> None:
         for j, values in part_records.items():
@@ -145,18 +192,17 @@ class Stack:
                     records[layer] = row
 
     def _group(self, g: int, params, buffers, carry, ctx: Context):
-        """Scan the repeats of group g; hooked repeats run apart, with their hooks."""
+        """Scan the repeats of group g; repeats with other hooks run apart."""
         pattern, repeats = self.layout.groups[g]
-        hooked = [
-            i
-            for i in range(repeats)
-            if any(
+        asked = [
+            tuple(
                 _hooks_of(ctx.hooks, self.layout.layers_of(g, j)[i])
                 for j in range(len(pattern))
             )
+            for i in range(repeats)
         ]
         outs = []
-        for first, count, is_hooked in _runs(repeats, hooked):
+        for first, count in _runs(asked):
             layers = {
                 f"sub_{j}": jnp.asarray(
                     self.layout.layers_of(g, j)[first : first + count], jnp.int32
@@ -169,21 +215,13 @@ class Stack:
                 return a if whole else a[first : first + count]
 
             xs = jax.tree.map(cut, (params, buffers)) + (layers,)
-            hooks = (
-                [
-                    _hooks_of(ctx.hooks, self.layout.layers_of(g, j)[first])
-                    for j in range(len(pattern))
-                ]
-                if is_hooked
-                else [()] * len(pattern)
-            )
-            body = self._body(pattern, ctx, hooks)
+            body = self._body(pattern, ctx, asked[first])
             unroll = count if self.unroll == "all" else min(int(self.unroll), count)
             carry, out = jax.lax.scan(body, carry, xs, unroll=unroll)
             outs.append((first, count, out))
         return carry, outs
 
-    def _body(self, pattern, ctx: Context, hooks: list[tuple]):
+    def _body(self, pattern, ctx: Context, hooks: tuple[tuple, ...]):
         def body(carry, xs):
             x, streams = carry
             params, buffers, layers = xs
@@ -271,7 +309,7 @@ def _scalars_of(out: MixerOut) -> dict[tuple[str, str], jax.Array]:
     return {(kind, name): v for kind, own in kinds.items() for name, v in own.items()}
 
 
-def _means(scalars: dict[tuple[str, str], list[jax.Array]], kind: str) -> dict:
+def _means(scalars: Scalars, kind: str) -> dict:
     """The mean of each scalar of one kind over all layers that report it."""
     return {
         name: sum(jnp.sum(part) for part in parts) / sum(len(part) for part in parts)
@@ -303,16 +341,13 @@ def _apart(hooks: tuple[Hook, ...]) -> tuple[tuple[Hook, ...], tuple[Hook, ...]]
     return tuple(hook for hook in hooks if hook.what != HIDDEN), behind
 
 
-def _runs(repeats: int, hooked: list[int]) -> list[tuple[int, int, bool]]:
-    """Consecutive (first, count, hooked?) runs; a hooked repeat stands alone."""
-    runs, at = [], 0
-    for i in hooked:
-        if i > at:
-            runs.append((at, i - at, False))
-        runs.append((i, 1, True))
-        at = i + 1
-    if at < repeats:
-        runs.append((at, repeats - at, False))
+def _runs(asked: list[tuple]) -> list[tuple[int, int]]:
+    """(first, count) of consecutive repeats that have the same hooks."""
+    runs, first = [], 0
+    for _, same in itertools.groupby(asked):
+        count = len(list(same))
+        runs.append((first, count))
+        first += count
     return runs
 
 

@@ -55,17 +55,21 @@ class Call:
         self.records: dict[str, jax.Array] = {}
         self.notes: dict[int, jax.Array] = {}
 
-    def intervene(self, what: str, array: jax.Array, *, head_axis=None) -> jax.Array:
-        """`array` after the interventions on `what`."""
-        return probes.intervene(self.ctx, what, array, head_axis=head_axis)
+    def intervene(
+        self, what: str, array: jax.Array, *, head_axis=None, seen=None
+    ) -> jax.Array:
+        """`array` after the interventions on `what`; `seen`: see `probes.intervene`."""
+        return probes.intervene(self.ctx, what, array, head_axis=head_axis, seen=seen)
 
     def record(self, what: str, array: jax.Array, *, head_axis=None) -> None:
         """Keep `array` for the hooks that read `what`."""
         self.records |= probes.records(self.ctx, what, array, head_axis=head_axis)
 
-    def probe(self, what: str, array: jax.Array, *, head_axis=None) -> jax.Array:
+    def probe(
+        self, what: str, array: jax.Array, *, head_axis=None, seen=None
+    ) -> jax.Array:
         """Intervene, then record; returns the array to go on with."""
-        array = self.intervene(what, array, head_axis=head_axis)
+        array = self.intervene(what, array, head_axis=head_axis, seen=seen)
         self.record(what, array, head_axis=head_axis)
         return array
 

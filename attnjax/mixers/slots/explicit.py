@@ -55,7 +55,8 @@ def attention(
     weights, lse = _weights(spec, scores, operands)
     if spec.reweight is not None:
         weights = _taken_again(spec.reweight, weights, tile)
-    weights = call.probe("weights", weights, head_axis=1)
+    seen = scores > -jnp.inf
+    weights = call.probe("weights", weights, head_axis=1, seen=seen)
     out = tiles.heads_first(tiles.mix(weights, v))
     out = epilogue.run_steps(spec.epilogue, out, given).astype(query.dtype)
     return (out, jnp.swapaxes(lse, 1, 2)) if spec.return_lse else out

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from attnjax.core.context import Context, Hook
 from attnjax.core.errors import UserError, unknown
+from attnjax.mixers.slots import blending
 
 INTERVENTIONS = {
     "scale": lambda array, operand: array * operand,
     "add": lambda array, operand: array + operand,
     "replace": lambda array, operand: jnp.broadcast_to(operand, array.shape),
 }
-ACTIONS = ("record", *INTERVENTIONS)
+ACTIONS = ("record", *INTERVENTIONS, *blending.ACTIONS)
 
 
 def check_hooks(
@@ -28,8 +29,9 @@ def check_hooks(
         is_step: in a decoding step, which returns no records.
 
     Raises:
-        UserError: unknown `what` or `action`, a record in a decoding step, or an
-            intervention without its operand.
+        UserError: unknown `what` or `action`, a record or a blend in a decoding step,
+            a blend of other arrays than weights, or an intervention without its
+            operand.
     """
     known = tuple(known)
     for hook in ctx.hooks:
@@ -43,6 +45,8 @@ def check_hooks(
                 f"{hook.name!r} (action='record') in a decoding step. Run the model "
                 "on the whole sequence."
             )
+        if hook.action in blending.ACTIONS:
+            _check_blend(hook, owner, is_step)
         if hook.action != "record" and hook.name not in ctx.interventions:
             raise UserError(
                 f"{owner}: the intervention {hook.name!r} needs its array; got "
@@ -51,15 +55,45 @@ def check_hooks(
             )
 
 
+def _check_blend(hook: Hook, owner: str, is_step: bool) -> None:
+    if hook.what != "weights":
+        raise UserError(
+            f"{owner}: {hook.action} changes 'weights'; got hook {hook.name!r} "
+            f"(what={hook.what!r}). Use what='weights'."
+        )
+    if is_step:
+        raise UserError(
+            f"{owner}: {hook.action} acts on the full pass; got hook {hook.name!r} in "
+            "a decoding step. Run the model on the whole sequence."
+        )
+
+
 def intervene(
-    ctx: Context, what: str, array: jax.Array, *, head_axis: int | None
+    ctx: Context,
+    what: str,
+    array: jax.Array,
+    *,
+    head_axis: int | None,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
     """`array` after every intervention on `what`, in the order of the hooks.
 
-    Operands broadcast against `array`, or, with `hook.heads`, against those heads.
+    Operands broadcast against `array`, or, with `hook.heads`, against those heads;
+    those of blends are shares (`blending.shares`).
+
+    Args:
+        seen: of weights: bool, which keys a query sees, where that is known.
     """
     for hook in ctx.hooks:
         if hook.what != what or hook.action == "record":
+            continue
+        if hook.action in blending.ACTIONS:
+            if head_axis != 1 or array.ndim != 4:
+                raise UserError(
+                    f"hook {hook.name!r}: {hook.action} needs weights of heads over "
+                    f"keys, [B, H, T, S]; these have shape={array.shape}."
+                )
+            array = blending.of_weights(hook, ctx, array, seen=seen)
             continue
         change = INTERVENTIONS[hook.action]
         operand = jnp.asarray(ctx.interventions[hook.name], array.dtype)

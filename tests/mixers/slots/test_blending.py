@@ -1,0 +1,180 @@
+"""Heads moved towards their own value or the mean one, fused and written out."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnjax.conformance import samples
+from attnjax.conformance.subject import jitted, subject
+from attnjax.core.context import Hook
+from attnjax.core.errors import UserError
+from attnjax.mixers import attention, gaam, linear_attention
+
+B, T, H, K = 2, 13, 6, 3
+SHARES = np.asarray([0.0, 1.0, 0.25, 0.5, 0.0, 0.8], np.float32)
+OPEN = (Hook("v", "value"), Hook("w", "weights"), Hook("h", "heads"))
+
+
+def blend(target, **options):
+    return Hook("move", "weights", action=f"blend_{target}", **options)
+
+
+def go(s, x, ctx, *hooks, share=SHARES):
+    ctx = ctx.replace(hooks=hooks, interventions={"move": share})
+    y, out = s.forward(s.arrays, x, ctx)
+    return np.asarray(y), {k: np.asarray(v) for k, v in out.records.items()}
+
+
+def oracle(weights, seen, value, shares, target):
+    """Heads [B, T, H, E] by (1 - u) A + u P in float64."""
+    a, v = (np.asarray(z, np.float64) for z in (weights, value))
+    p = (
+        np.eye(a.shape[-1])
+        if target == "identity"
+        else seen / np.maximum(seen.sum(-1, keepdims=True), 1)
+    )
+    u = np.asarray(shares, np.float64)[:, None, None]
+    moved = (1 - u) * a + u * p
+    v = np.repeat(v, a.shape[1] // v.shape[2], axis=2)
+    return moved, np.einsum("bhts,bshe->bthe", moved, v)
+
+
+LAYERS = {
+    "bidirectional": ({}, None, False),
+    "causal, packed": ({}, "packed", True),
+    "window, cap, sink": (
+        {"window": 4, "weight_map": "sink_logit", "soft_cap": 1.0, "num_kv_heads": 1},
+        "packed",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("bidirectional", "identity"),
+        ("bidirectional", "uniform"),
+        ("causal, packed", "identity"),
+        ("window, cap, sink", "uniform"),
+    ],
+)
+def test_fused_and_written_out_blends_are_the_formula(name, target):
+    options, layout, causal = LAYERS[name]
+    s = subject(attention, options)
+    x, ctx = samples.sample(s, layout)
+    ctx = ctx.replace(causal=causal)
+    opened = go(s, x, ctx, *OPEN, Hook("s", "scores"))[1]
+    seen = np.isfinite(opened["s"])
+    moved, heads = oracle(opened["w"], seen, opened["v"], SHARES, target)
+    y, fused = go(s, x, ctx, blend(target), OPEN[2])
+    assert "w" not in fused
+    np.testing.assert_allclose(fused["h"], heads, atol=3e-6, rtol=1e-5)
+    y_open, explicit = go(s, x, ctx, blend(target), *OPEN)
+    np.testing.assert_allclose(explicit["w"], moved, atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(explicit["h"], heads, atol=3e-6, rtol=1e-5)
+    np.testing.assert_allclose(y, y_open, atol=1e-5)
+    if name == "bidirectional":
+        assert moved.min() >= 0
+        np.testing.assert_allclose(explicit["w"].sum(-1), 1, atol=1e-5)
+
+
+def test_a_share_of_nothing_changes_no_bit_and_the_rest_is_affine_in_it():
+    s = subject(attention, {})
+    x, ctx = samples.sample(s)
+    seen = Hook("h", "heads")
+    plain = go(s, x, ctx, seen)[1]["h"]
+    at = {
+        u: go(s, x, ctx, blend("identity"), seen, share=np.float32(u))[1]["h"]
+        for u in (0.0, 0.25, 1.0)
+    }
+    np.testing.assert_array_equal(at[0.0], plain)
+    between = 0.75 * at[0.0] + 0.25 * at[1.0]
+    np.testing.assert_allclose(at[0.25], between, atol=1e-6, rtol=1e-5)
+
+
+def test_with_every_head_at_its_own_value_other_tokens_do_not_matter():
+    s = subject(attention, {})
+    x, ctx = samples.sample(s)
+    ctx = ctx.replace(causal=False)
+    y, records = go(s, x, ctx, blend("identity"), OPEN[0], share=np.float32(1))
+    own = np.repeat(records["v"], H // K, axis=2).reshape(B, T, -1)
+    expected = own @ np.asarray(s.arrays[0]["out"]["kernel"])
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    turned, _ = go(s, x[:, ::-1], ctx, blend("identity"), share=np.float32(1))
+    np.testing.assert_allclose(turned[:, ::-1], y, atol=1e-6)
+
+
+def test_heads_are_named_by_the_hook_or_by_an_array_that_compiles_once():
+    s = subject(attention, {})
+    x, ctx = samples.sample(s)
+    whole = go(s, x, ctx, blend("identity"))[0]
+    some = go(
+        s, x, ctx, blend("identity", heads=(5, 1, 2, 3)), share=SHARES[[5, 1, 2, 3]]
+    )[0]
+    np.testing.assert_allclose(some, whole, atol=1e-6)
+    traces = collections.Counter()
+
+    @jitted
+    def call(x, ctx):
+        traces["call"] += 1
+        return s.call(s.arrays, x, ctx)[0]
+
+    s.arrays  # made outside of the trace  # noqa: B018
+    table = np.stack([0 * SHARES, SHARES, 1 - SHARES])
+    for layer in (0, 1):
+        here = ctx.replace(
+            hooks=(blend("identity"),),
+            interventions={"move": table},
+            layer_index=jnp.int32(layer),
+        )
+        expected = go(s, x, ctx, blend("identity"), share=table[layer])[0]
+        np.testing.assert_allclose(call(x, here), expected, atol=1e-6)
+    assert traces["call"] == 1
+
+
+def test_mechanisms_that_lay_their_weights_open_are_moved_too():
+    s = subject(linear_attention, {})
+    x, ctx = samples.sample(s)
+    before = go(s, x, ctx, *OPEN)[1]
+    share = SHARES[: before["w"].shape[1]]
+    after = go(s, x, ctx, blend("identity"), *OPEN, share=share)[1]
+    moved, _ = oracle(before["w"], None, before["v"], share, "identity")
+    np.testing.assert_allclose(after["w"], moved, atol=1e-5)
+    text = refused(s, blend("uniform"), share=share)
+    assert "needs a mechanism that tells which keys" in text
+
+
+def refused(s, hook, share=SHARES, is_step=False, **changes):
+    x, ctx = samples.sample(s)
+    ctx = ctx.replace(hooks=(hook,), interventions={"move": share}, **changes)
+    with pytest.raises(UserError) as error:
+        if is_step:
+            s.call_step(s.arrays, x, s.init_state(B, T), ctx)
+        else:
+            jax.eval_shape(lambda x: s.call(s.arrays, x, ctx)[0], x)
+    return str(error.value)
+
+
+def test_what_cannot_be_blended_is_refused():
+    s = subject(attention, {})
+    text = refused(s, Hook("move", "heads", action="blend_identity"))
+    assert "blend_identity changes 'weights'; got hook 'move' (what='heads')" in text
+    text = refused(s, blend("identity"), is_step=True)
+    assert "acts on the full pass; got hook 'move' in a decoding step" in text
+    text = refused(s, blend("identity"), share=SHARES[:4])
+    assert "one for each of the 6 heads, or [layers, 6]; got shape=(4,)" in text
+    text = refused(s, blend("identity", heads=(6,)), share=np.float32(1))
+    assert "heads of 'weights' are 0 to 5; got heads=(6,)" in text
+    text = refused(s, Hook("move", "weights", action="blend_sharp"))
+    assert "unknown hook action 'blend_sharp'" in text and "blend_uniform" in text
+    cross = subject(attention, {"cross": True})
+    x, ctx = samples.sample(cross)
+    ctx = samples.with_memory(cross, ctx)
+    with pytest.raises(UserError, match="blend_identity needs self-attention"):
+        go(cross, x, ctx, blend("identity"))
+    text = refused(subject(gaam, {}), blend("identity"))
+    assert "needs weights of heads over keys, [B, H, T, S]" in text
