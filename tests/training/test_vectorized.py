@@ -25,7 +25,7 @@ from attnjax.training import (
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.run_directory import RunDirectory
 
-STEPS = 50
+STEPS = 20
 # What each run has of its own: another seed, or other numbers of the optimizer.
 RUNS = (
     {"seed": 3},
@@ -60,10 +60,10 @@ def config_of(corpus, *, seed=0, model=None, train=None, **optim):
             "optim": {"warmup_steps": 5, "ema_decay": 0.9, "eps": 1e-6, **optim},
             "train": {
                 **{"steps": STEPS, "batch_size": 8, "seed": seed, "log_every": 1},
-                **{"save_every": 20, "sample_tokens": 0, "tensorboard": False},
+                **{"save_every": 8, "sample_tokens": 0, "tensorboard": False},
                 **(train or {}),
             },
-            "eval": {"every": 25, "batches": 1},
+            "eval": {"every": 10, "batches": 1},
         }
     )
 
