@@ -36,6 +36,7 @@ IDENTITY_EXCLUDES = (
     "train.profile_start",
     "train.profile_steps",
     "train.sample_tokens",
+    "eval.draw",
 )
 
 
