@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from attnjax.analysis.sample_quality import frechet_distance, precision_recall
 
@@ -43,3 +44,50 @@ def test_precision_and_recall_count_neighbourhoods():
     assert recall == 0.6  # 0 to 4, and 5 at the distance of a neighbour
     with pytest.raises(ValueError, match="got 3 and 10, neighbours=3"):
         precision_recall(line[:3], line)
+
+
+# ---- against the formulas written out
+
+
+def correlated(seed, count, features=5):
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(features, features))
+    return rng.normal(size=(count, features)) @ mixed + rng.normal(size=features)
+
+
+def test_the_distance_is_that_of_a_root_of_the_product():
+    one, other = correlated(0, 31).astype(np.float32), correlated(1, 23)
+    first, second = np.cov(one.T.astype(np.float64)), np.cov(other.T)
+    gap = one.mean(0, dtype=np.float64) - other.mean(0)
+    # A root of a product that is not symmetric, as the papers' own codes take it.
+    root = scipy.linalg.sqrtm(first @ second)
+    wanted = gap @ gap + np.trace(first + second - 2 * root.real)
+    assert frechet_distance(one, other) == pytest.approx(wanted, rel=1e-9)
+    assert frechet_distance(other, one) == pytest.approx(wanted, rel=1e-9)
+
+
+def share_by_loops(points, others, neighbours):
+    """The share of the others within a point's distance to its k-th neighbour."""
+    inside = 0
+    for other in others:
+        for i, point in enumerate(points):
+            rest = [np.linalg.norm(point - p) for j, p in enumerate(points) if j != i]
+            radius = sorted(rest)[neighbours - 1]
+            if np.linalg.norm(other - point) <= radius:
+                inside += 1
+                break
+    return inside / len(others)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_precision_and_recall_are_those_of_loops_over_points(neighbours):
+    rng = np.random.default_rng(4)
+    real, made = rng.normal(size=(17, 2)), 1.5 + 1.1 * rng.normal(size=(13, 2))
+    found = precision_recall(real, made, neighbours=neighbours)
+    wanted = (
+        share_by_loops(real, made, neighbours),
+        share_by_loops(made, real, neighbours),
+    )
+    assert found == pytest.approx(wanted)
+    low, high = sorted(wanted)
+    assert 0 < low < high < 1
