@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnjax import nn
-from attnjax.core import schema
+from attnjax.core import discovery, schema
 from attnjax.core.errors import UserError
 from attnjax.models import dit
 
@@ -237,6 +237,28 @@ def test_time_and_class_change_every_pixel_of_their_row_alone():
         found = predict(model, params, buffers, images, *other)
         np.testing.assert_array_equal(found[0], base[0])
         assert np.all(found[1] != base[1])
+
+
+# Windows that divide a grid of 3 x 3.
+FITTING = {"halonet": {"block": 3, "halo": 1}, "maxvit": {"window": 3}}
+
+
+def test_every_bidirectional_mixer_of_the_catalog_is_a_layer():
+    """All of them in one model, traced in training."""
+    found = {name: discovery.find(name).SPEC for name in discovery.names()}
+    names = [n for n, spec in found.items() if spec.capabilities.bidirectional]
+    model = make(
+        layers=tuple(names), num_layers=len(names), positions="rope", mixers=FITTING
+    )
+
+    def call(key):
+        params, buffers = model.init(0)
+        images, times, labels = inputs()
+        ctx = model.context(batch=B, prng_key=key, train=True)
+        return model.predict(params, buffers, images, times, labels, ctx)
+
+    found, _ = jax.eval_shape(call, jax.random.key(0))
+    assert found.shape == (B, SIDE, SIDE, 2 * CHANNELS)
 
 
 def test_labels_are_dropped_at_their_rate():
