@@ -16,7 +16,6 @@ released no code).
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal
 
@@ -42,7 +41,8 @@ class Config:
     for each.
 
     Attributes:
-        block: b, queries of a block along an axis; it divides the axis.
+        block: b, queries of a block along an axis; it divides the axis (none: the
+            largest divisor of at most 8 that is less than the axis).
         halo: h, further keys on each side of a block.
         relative: learned embeddings of the offset, times the query: "unscaled", the
             query as projected; "scaled", times the factor of q.k; "none".
@@ -58,7 +58,7 @@ class Config:
             how whole rows attend.
     """
 
-    block: int | tuple[int, ...] = 8
+    block: int | tuple[int, ...] | None = None
     halo: int | tuple[int, ...] = 3
     relative: Literal["unscaled", "scaled", "none"] = "unscaled"
     border: Literal["mask", "zero"] = "mask"
@@ -70,7 +70,8 @@ class Config:
     output: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self):
-        cuts.check_numbers("block", self.block, 1)
+        if self.block is not None:
+            cuts.check_numbers("block", self.block, 1)
         cuts.check_numbers("halo", self.halo, 0)
 
 
@@ -80,16 +81,15 @@ def windows_of(config: Config, grid: tuple[int, ...]) -> cuts.Windows:
     Raises:
         UserError: where blocks do not divide it.
     """
-    block, halo = _axes(config, len(grid))
+    block, halo = _sizes(config, grid)
     cuts.check_divides(block, grid, owner="halonet", name="block")
     return cuts.Windows(grid, block, halo=halo, masked=config.border == "mask")
 
 
-def _axes(config: Config, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    per_axis = functools.partial(cuts.per_axis, rank=rank, owner="halonet")
-    return tuple(
-        per_axis(getattr(config, name), name=name) for name in ("block", "halo")
-    )
+def _sizes(config: Config, axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """b and h on axes of these lengths (None: unknown)."""
+    block = cuts.size_along(config.block, axes, owner="halonet", name="block")
+    return block, cuts.per_axis(config.halo, len(axes), owner="halonet", name="halo")
 
 
 def relative_rows(block: int, halo: int) -> np.ndarray:
@@ -220,12 +220,11 @@ class Mixer(windowed.Windowed):
         raise self._no_decode_form()
 
     def _no_decode_form(self) -> UserError:
-        b, h = self.config.block, self.config.halo
-        window = b + h if isinstance(b, int) and isinstance(h, int) else "block + halo"
+        b, h = self.windows.size[0], self.windows.halo[0]
         return UserError(
             f"halonet: has no decode form: it sees both ways; got block={b}, halo={h}. "
             "Along a sequence, blocks that look back alone are neighborhood_attention "
-            f"with causal=true, stride={b}, window={window}."
+            f"with causal=true, stride={b}, window={b + h}."
         )
 
 
@@ -250,8 +249,8 @@ def layer_config(config: Config) -> attention.Config:
 
 
 def _seen(config: Config, dims: MixerDims) -> list[int]:
-    rank = cuts.rank_of(config.block, config.halo, grid=dims.grid)
-    return [b + 2 * h for b, h in zip(*_axes(config, rank), strict=True)]
+    axes = cuts.axes_of(config.block, config.halo, grid=dims.grid)
+    return [b + 2 * h for b, h in zip(*_sizes(config, axes), strict=True)]
 
 
 def _parameter_count(config: Config, dims: MixerDims) -> int:

@@ -44,7 +44,8 @@ class Config:
     Attributes:
         parts: "block_grid", "grid_block": one part behind the other, with a norm
             between; "parallel": side by side; "block", "grid": one alone.
-        window: P, tokens of a block along an axis; it divides the axis.
+        window: P, tokens of a block along an axis; it divides the axis (none: the
+            largest divisor of at most 8 that is less than the axis, 7 of 14 or 28).
         grid_size: G, tokens of a lattice along an axis; it divides the axis (none:
             window).
         relative_bias: whether there are biases of the offsets in a window.
@@ -62,7 +63,7 @@ class Config:
     parts: Literal["block_grid", "grid_block", "parallel", "block", "grid"] = (
         "block_grid"
     )
-    window: int | tuple[int, ...] = 7
+    window: int | tuple[int, ...] | None = None
     grid_size: int | tuple[int, ...] | None = None
     relative_bias: bool = True
     bias_window: int | tuple[int, ...] | None = None
@@ -89,18 +90,24 @@ class Config:
             )
 
 
-def size_of(config: Config, part: str, rank: int) -> tuple[int, ...]:
-    """P of the part "block", G of "grid", for each of `rank` axes."""
+def size_of(config: Config, part: str, axes) -> tuple[int, ...]:
+    """P of the part "block", G of "grid", on axes of these lengths (None: unknown)."""
+    name = _size_name(config, part)
+    value = getattr(config, name)
+    return cuts.size_along(value, axes, owner="maxvit", name=name)
+
+
+def _size_name(config: Config, part: str) -> str:
     of_grid = part == "grid" and config.grid_size is not None
-    name = "grid_size" if of_grid else "window"
-    return cuts.per_axis(getattr(config, name), rank, owner="maxvit", name=name)
+    return "grid_size" if of_grid else "window"
 
 
-def bias_size_of(config: Config, part: str, rank: int) -> tuple[int, ...]:
+def bias_size_of(config: Config, part: str, axes) -> tuple[int, ...]:
     """The window that the tables of a part are made for."""
-    if config.bias_window is None:
-        return size_of(config, part, rank)
-    return cuts.per_axis(config.bias_window, rank, owner="maxvit", name="bias_window")
+    value = config.bias_window
+    if value is None:
+        return size_of(config, part, axes)
+    return cuts.per_axis(value, len(axes), owner="maxvit", name="bias_window")
 
 
 def windows_of(config: Config, part: str, grid: tuple[int, ...]) -> cuts.Windows:
@@ -109,9 +116,7 @@ def windows_of(config: Config, part: str, grid: tuple[int, ...]) -> cuts.Windows
     Raises:
         UserError: where its windows do not divide the grid.
     """
-    size = size_of(config, part, len(grid))
-    of_grid = part == "grid" and config.grid_size is not None
-    name = "grid_size" if of_grid else "window"
+    size, name = size_of(config, part, grid), _size_name(config, part)
     cuts.check_divides(size, grid, owner="maxvit", name=name)
     return cuts.Windows(grid, size, KINDS[part])
 
@@ -178,7 +183,7 @@ class Part(windowed.Windowed):
         windows = windows_of(config, part, grid)
         layer = layer_config(config)
         super().__init__(layer, dims, windows=windows, owner="maxvit", rngs=rngs)
-        self.bias_size = bias_size_of(config, part, len(grid))
+        self.bias_size = bias_size_of(config, part, grid)
         self.window_bias = (
             nn.param(
                 rngs,
@@ -236,17 +241,17 @@ def _offset_count(size: tuple[int, ...]) -> int:
     return math.prod(2 * w - 1 for w in size)
 
 
-def _rank_of(config: Config, dims: MixerDims) -> int:
+def _axes(config: Config, dims: MixerDims) -> tuple[int | None, ...]:
     told = (config.window, config.grid_size, config.bias_window)
-    return cuts.rank_of(*told, grid=dims.grid)
+    return cuts.axes_of(*told, grid=dims.grid)
 
 
 def _parameter_count(config: Config, dims: MixerDims) -> int:
-    layer, rank = layer_config(config), _rank_of(config, dims)
+    layer, axes = layer_config(config), _axes(config, dims)
     names = PARTS[config.parts]
     count = len(names) * sizes.parameter_count(layer, dims)
     if config.relative_bias:
-        tables = [_offset_count(bias_size_of(config, name, rank)) for name in names]
+        tables = [_offset_count(bias_size_of(config, name, axes)) for name in names]
         count += sizes.heads_of(layer, dims).num_heads * sum(tables)
     behind = len(names) > 1 and config.parts != "parallel"
     return count + behind * windowed.norm_parameters(dims)
@@ -254,9 +259,9 @@ def _parameter_count(config: Config, dims: MixerDims) -> int:
 
 def _flops(config: Config, dims: MixerDims, seq_len: int) -> float:
     """P^rank and G^rank keys for each query."""
-    rank, total = _rank_of(config, dims), 0.0
+    axes, total = _axes(config, dims), 0.0
     for name in PARTS[config.parts]:
-        seen = math.prod(size_of(config, name, rank))
+        seen = math.prod(size_of(config, name, axes))
         layer = dataclasses.replace(layer_config(config), window=seen)
         total += sizes.flops(layer, dims, seq_len)
     return total

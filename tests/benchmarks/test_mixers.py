@@ -41,7 +41,7 @@ def test_every_mechanism_of_the_catalog_can_be_measured(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[0]))
     assert layer.facts()["parameters"] == layer.spec.parameter_count(
-        layer.config, TINY.dims
+        layer.config, layer.dims
     )
 
 

@@ -56,7 +56,7 @@ def test_layer_and_reference_are_the_definition_on_a(name):
     s = made(maxvit, grid, options, use_bias=True, num_kv_heads=3)
     x, ctx = tokens(s, extra=extra)
     params = wide(s.arrays[0])[part]
-    size = maxvit.size_of(s.config, part, len(grid))
+    size = maxvit.size_of(s.config, part, grid)
     table = params["window_bias"].reshape(H, *(2 * w - 1 for w in size))
     cut = list(windows_by_hand(grid, size, part))
 

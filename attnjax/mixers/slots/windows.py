@@ -193,6 +193,32 @@ def per_axis(value, rank: int, *, owner: str, name: str) -> tuple[int, ...]:
     return values
 
 
+def fitting(length: int | None, most: int = 8) -> int:
+    """The largest divisor of an axis that is less than its length and at most `most`;
+    where only 1 is, the whole axis. `most` for an axis of unknown length."""
+    if length is None:
+        return most
+    divisors = (d for d in range(2, min(most, length - 1) + 1) if length % d == 0)
+    return max(divisors, default=length)
+
+
+def size_along(value, axes, *, owner: str, name: str) -> tuple[int, ...]:
+    """A setting as one number for each axis, `fitting` where it is none.
+
+    Args:
+        value: one number for all, one for each, or None.
+        axes: their lengths, None where unknown.
+    """
+    if value is None:
+        return tuple(fitting(length) for length in axes)
+    return per_axis(value, len(axes), owner=owner, name=name)
+
+
+def axes_of(*values, grid: tuple[int, ...] | None) -> tuple[int | None, ...]:
+    """Lengths of the axes of the grid, each None where there is none."""
+    return grid or (None,) * rank_of(*values, grid=grid)
+
+
 def rank_of(*values, grid: tuple[int, ...] | None) -> int:
     """Axes of the grid, or those that the settings are made for (2 where any)."""
     if grid is not None:

@@ -12,7 +12,6 @@ from attnjax.mixers import davit, halonet
 from attnjax.mixers.slots.windows import Windows
 
 LAYERS = {
-    "davit": ((3, 5), {"order": "spatial"}, Windows((3, 5), (2, 2))),
     "maxvit": (
         (2, 4),
         {"parts": "grid", "window": (1, 2)},

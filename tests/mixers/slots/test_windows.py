@@ -68,7 +68,7 @@ def test_what_fills_up_a_block_is_zero_and_not_visible():
     assert Windows((3, 5), (2, 3), masked=False).visible() is None
 
 
-@pytest.mark.parametrize("block, halo", [(2, 1), (1, 2), (2, 3), (3, 0)])
+@pytest.mark.parametrize("block, halo", [(2, 1), (2, 3), (3, 0)])
 def test_a_halo_is_what_lies_around_a_block(block, halo):
     cut = Windows((6, 6), (block,) * 2, halo=(halo,) * 2)
     seen = cut.fold_seen(indices(cut))[0, :, :, 0]
@@ -94,6 +94,12 @@ def test_a_size_that_does_not_divide_is_refused_with_sizes_that_do():
     )
     with pytest.raises(UserError, match=message):
         windows.check_divides((5, 5), (10, 12), owner="maxvit", name="window")
+
+
+def test_a_size_that_is_left_out_fits_the_axis():
+    lengths = {4: 2, 7: 7, 8: 4, 9: 3, 14: 7, 16: 8, 22: 2, 24: 8, 28: 7, 1: 1, 11: 11}
+    assert {n: windows.fitting(n) for n in lengths} == lengths
+    assert windows.size_along(None, (14, None), owner="maxvit", name="window") == (7, 8)
 
 
 def test_settings_of_another_rank_are_refused():
