@@ -25,6 +25,16 @@ class Flags:
             drawn).
         per_class: samples of each class for the judge (none: 100).
         guidance: their scale of classifier-free guidance (none: 1, without).
+        rescale: share of a guided prediction, 0 to 1, that is brought back to the
+            spread of the unguided one (none: 0).
+        perturb_scale: scale w of guidance by a pass with perturbed attention, added to
+            what guidance gives (none: 0, without).
+        perturb: what its attention is moved to, identity or uniform (none: identity).
+        perturb_strength: how far, above 0 to 1 (none: 1).
+        perturb_heads: which heads: all, or layers with heads, as 2:0,1;3:all (none:
+            all).
+        perturb_interval: noise levels, 0 is clean and 1 noise, in which it acts (none:
+            0 1).
         sampler: their sampler (none: ddim for Gaussian processes, heun for flows).
         num_steps: its steps (none: 50).
         seed: of their noise (none: 0).
@@ -37,6 +47,12 @@ class Flags:
     judge: str | None = None
     per_class: int | None = None
     guidance: float | None = None
+    rescale: float | None = None
+    perturb_scale: float | None = None
+    perturb: str | None = None
+    perturb_strength: float | None = None
+    perturb_heads: str | None = None
+    perturb_interval: tuple[float, float] | None = None
     sampler: str | None = None
     num_steps: int | None = None
     seed: int | None = None
@@ -46,6 +62,12 @@ class Flags:
 SAMPLES = {
     "per_class": 100,
     "guidance": 1.0,
+    "rescale": 0.0,
+    "perturb_scale": 0.0,
+    "perturb": "identity",
+    "perturb_strength": 1.0,
+    "perturb_heads": "all",
+    "perturb_interval": (0.0, 1.0),
     "sampler": None,
     "num_steps": 50,
     "seed": 0,
@@ -72,11 +94,14 @@ def main(argv: list[str]) -> None:
         from attnjax.analysis.sample_quality import Judge, judged
 
         judge = load_run(flags.judge)
-        Judge(judge, require_denoiser(run))  # before the time is spent
+        # Before the time is spent.
+        Judge(judge, require_denoiser(run))
+        samples["steps"] = samples.pop("num_steps")
+        drawn = {name: value for name, value in samples.items() if name != "per_class"}
+        run.draw_settings(**drawn)
     metrics = evaluate_run(run)
     if flags.judge is not None:
-        steps = samples.pop("num_steps")
-        metrics |= {"judge": flags.judge, **judged(run, judge, steps=steps, **samples)}
+        metrics |= {"judge": flags.judge, **judged(run, judge, **samples)}
     for name, value in metrics.items():
         print(
             f"{name:16} {value:.6g}"

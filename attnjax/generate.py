@@ -15,7 +15,18 @@ TEXT = {
     "top_k": 0,
     "top_p": 1.0,
 }
-IMAGES = {"labels": "all", "guidance": 1.0, "sampler": None, "num_steps": 50}
+IMAGES = {
+    "labels": "all",
+    "guidance": 1.0,
+    "rescale": 0.0,
+    "perturb_scale": 0.0,
+    "perturb": "identity",
+    "perturb_strength": 1.0,
+    "perturb_heads": "all",
+    "perturb_interval": (0.0, 1.0),
+    "sampler": None,
+    "num_steps": 50,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,17 @@ class Flags:
         labels: images: names or numbers of classes, separated by commas, a column
             each (none: all of them).
         guidance: images: scale of classifier-free guidance (none: 1, without).
+        rescale: images: share of a guided prediction, 0 to 1, that is brought back to
+            the spread of the unguided one (none: 0).
+        perturb_scale: images: scale w of guidance by a pass with perturbed attention,
+            added to what guidance gives (none: 0, without).
+        perturb: images: what its attention is moved to, identity or uniform (none:
+            identity).
+        perturb_strength: images: how far, above 0 to 1 (none: 1).
+        perturb_heads: images: which heads: all, or layers with heads, as 2:0,1;3:all
+            (none: all).
+        perturb_interval: images: noise levels, 0 is clean and 1 noise, in which it acts
+            (none: 0 1).
         sampler: images: its name (none: ddim for Gaussian processes, heun for
             flows).
         num_steps: images: steps of the sampler (none: 50).
@@ -52,6 +74,12 @@ class Flags:
     top_p: float | None = None
     labels: str | None = None
     guidance: float | None = None
+    rescale: float | None = None
+    perturb_scale: float | None = None
+    perturb: str | None = None
+    perturb_strength: float | None = None
+    perturb_heads: str | None = None
+    perturb_interval: tuple[float, float] | None = None
     sampler: str | None = None
     num_steps: int | None = None
     seed: int = 0
@@ -135,13 +163,9 @@ def _images(flags: Flags, options: dict) -> None:
     run = load_run(flags.workdir, step=flags.step)
     names = options["labels"]
     names = run.class_names if names == "all" else tuple(names.split(","))
-    images = run.draw(
-        names * flags.num,
-        guidance=options["guidance"],
-        sampler=options["sampler"],
-        steps=options["num_steps"],
-        seed=flags.seed,
-    )
+    settings = {name: options[name] for name in options if name != "labels"}
+    settings["steps"] = settings.pop("num_steps")
+    images = run.draw(names * flags.num, seed=flags.seed, **settings)
     out = Path(flags.out or "samples.png")
     whole = pictures.sheet(run.pixels(images), columns=len(names))
     with disk_errors("out"):

@@ -1,5 +1,6 @@
 """Guidance of denoising networks: classifier-free, and by a perturbed pass."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -7,40 +8,66 @@ import jax.numpy as jnp
 
 from attnjax.core.errors import UserError
 
+Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+EVERYWHERE = (0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Push:
+    """Guidance away from a perturbed pass: weight (f_c - f_pert) is added.
+
+    f_pert is the conditional pass of the same network with its attention perturbed.
+    Others write f_pert + s (f_c - f_pert): their s is weight + 1.
+    Source: Ahn et al., arXiv 2403.17377, equation 7; arXiv 2506.10978.
+
+    Attributes:
+        denoise: the perturbed network: (x, times [B], labels [B]) -> output.
+        weight: w >= 0; 0 runs no third pass.
+        interval: noise levels, from 0 (clean) to 1 (noise), in which it acts; where
+            no row is inside, no third pass is run.
+    """
+
+    denoise: Network
+    weight: float | jax.Array
+    interval: tuple[float, float] = EVERYWHERE
+
 
 def guided(
-    denoise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    denoise: Network,
     *,
     scale: float,
     labels: jax.Array,
-    null_label: int,
+    null_label: int | None,
     channels: int | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, float] = EVERYWHERE,
     level: Callable[[jax.Array], jax.Array] | None = None,
     rescale: float = 0.0,
+    push: Push | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Classifier-free guidance: f_u + scale (f_c - f_u) with both halves in one pass.
+    """f_u + scale (f_c - f_u) + weight (f_c - f_pert): guidance by other passes.
 
-    Predicted channels are guided; what the output has beyond the channels of x (a
-    learned variance) is the conditional half's. A scale of 1 runs the conditional pass
-    alone, at half the cost.
+    Classifier-free guidance runs both halves in one pass, and `push` a pass of its
+    own. Predicted channels are guided; what the output has beyond the channels of x (a
+    learned variance) is the conditional half's. A scale of 1 without a push runs the
+    conditional pass alone, at half the cost.
     Source: Ho and Salimans, arXiv 2207.12598; interval: Kynkaanniemi et al., arXiv
-    2404.07724; rescale: Lin et al., arXiv 2305.08891, section 3.4.
+    2404.07724; rescale: Lin et al., arXiv 2305.08891, section 3.4; push: see `Push`.
 
     Args:
         denoise: (x [B, ..., channels], times [B], labels [B]) -> output.
         scale: >= 0; 0 is the prediction without a label, 1 that with it.
         labels: int [B], of the rows that the returned function is given.
-        null_label: the label of no label.
+        null_label: the label of no label; None for a network that has none, which
+            takes no scale but 1.
         channels: how many of the predicted channels, from the first, are guided; the
             others are the conditional half's. None: all. The authors of DiT guide 3
             of 4.
-        interval: noise levels, from 0 (clean) to 1 (noise), in which guidance acts;
-            elsewhere the prediction is the conditional one, at half the cost where
-            no row is inside.
+        interval: noise levels, from 0 (clean) to 1 (noise), in which the scale acts;
+            elsewhere it is 1, at half the cost where no row is inside.
         level: times [B] -> noise levels [B], `process.level`; needed for an interval.
         rescale: share in [0, 1] of a prediction that is brought back to the standard
             deviation, over a row's guided channels, of the conditional one.
+        push: guidance by a perturbed pass.
 
     Returns:
         (x, times) -> output, which samplers take.
@@ -49,38 +76,84 @@ def guided(
         UserError: for values out of range.
     """
     _check(scale, interval, level, rescale)
-    if isinstance(scale, int | float) and scale == 1:
+    if push is not None:
+        _check_push(push, level)
+        push = None if _is(push.weight, 0) else push
+    is_plain = _is(scale, 1)
+    if is_plain and push is None:
         return lambda x, times: denoise(x, times, labels)
-    both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 
-    def push(x, times, inside):
-        count = _guided_channels(channels, x.shape[-1])
+    def halves(x, times, inside):
+        both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
         output = denoise(jnp.concatenate([x, x]), jnp.concatenate([times, times]), both)
         with_label, without = jnp.split(output, 2)
-        rest = with_label[..., count:]
-        with_label, without = with_label[..., :count], without[..., :count]
-        result = without + scale * (with_label - without)
-        if rescale:
-            ratio = _spread(with_label) / _spread(result)
-            result = result * (rescale * ratio + (1 - rescale))
-        if inside is not None:
-            rows = inside.reshape((-1,) + (1,) * (x.ndim - 1))
-            result = jnp.where(rows, result, with_label)
-        return jnp.concatenate([result.astype(output.dtype), rest], axis=-1)
+        return with_label, _where(inside, without, with_label)
+
+    def alone(x, times, inside):
+        del inside
+        found = denoise(x, times, labels)
+        return found, found
 
     def run(x: jax.Array, times: jax.Array) -> jax.Array:
-        if tuple(interval) == (0.0, 1.0):
-            return push(x, times, None)
-        now = level(times)
-        inside = (interval[0] <= now) & (now <= interval[1])
-        return jax.lax.cond(
-            jnp.any(inside),
-            push,
-            lambda x, times, inside: denoise(x, times, labels),
-            *(x, times, inside),
+        count = _guided_channels(channels, x.shape[-1])
+        if is_plain:
+            output, without = alone(x, times, None)
+        else:
+            inside = _inside(interval, level, times)
+            output, without = _either(inside, halves, alone, x, times)
+        f_c = output[..., :count]
+        f_u = None if is_plain else without[..., :count]
+        if push is None:
+            f_pert, weight = f_c, 0.0
+        else:
+            near = _inside(push.interval, level, times)
+            f_pert, weight = _pushed(push, labels, near, x, times, output), push.weight
+            f_pert = f_pert[..., :count]
+        result = perturbed_guidance(
+            f_c, f_pert, weight=weight, f_u=f_u, scale=1.0 if is_plain else scale
         )
+        if rescale:
+            ratio = _spread(f_c) / _spread(result)
+            result = result * (1 + rescale * (ratio - 1))
+        rest = output[..., count:]
+        return jnp.concatenate([result.astype(output.dtype), rest], axis=-1)
 
     return run
+
+
+def _pushed(push: Push, labels, inside, x, times, output):
+    """The perturbed pass; rows outside of its interval are the conditional one."""
+
+    def run(x, times, inside):
+        return _where(inside, push.denoise(x, times, labels), output)
+
+    return _either(inside, run, lambda x, times, inside: output, x, times)
+
+
+def _either(inside, run, other, x, times):
+    """`run` where any row is inside (or all are: None), else `other`."""
+    if inside is None:
+        return run(x, times, None)
+    return jax.lax.cond(jnp.any(inside), run, other, x, times, inside)
+
+
+def _inside(interval, level, times: jax.Array) -> jax.Array | None:
+    """bool [B], or None for everywhere."""
+    if tuple(interval) == EVERYWHERE:
+        return None
+    now = level(times)
+    return (interval[0] <= now) & (now <= interval[1])
+
+
+def _where(inside: jax.Array | None, one: jax.Array, other: jax.Array) -> jax.Array:
+    if inside is None:
+        return one
+    return jnp.where(inside.reshape((-1,) + (1,) * (one.ndim - 1)), one, other)
+
+
+def _is(value, number: int) -> bool:
+    """Whether a value that is not traced is this number."""
+    return isinstance(value, int | float) and value == number
 
 
 def perturbed_guidance(
@@ -121,20 +194,33 @@ def _check(scale, interval, level, rescale):
             f"guidance: scale must not be negative; got scale={scale}. "
             "1 is the conditional prediction, more pushes away from the null label."
         )
+    _check_interval(interval, level)
+    if not 0 <= rescale <= 1:
+        raise UserError(
+            f"guidance: rescale must be in [0, 1]; got rescale={rescale}. 0 is off."
+        )
+
+
+def _check_push(push: Push, level) -> None:
+    if isinstance(push.weight, int | float) and not push.weight >= 0:
+        raise UserError(
+            "guidance: weight of a push must not be negative; got "
+            f"weight={push.weight}. 0 is without."
+        )
+    _check_interval(push.interval, level)
+
+
+def _check_interval(interval, level) -> None:
     low, high = interval
     if not 0 <= low < high <= 1:
         raise UserError(
             "guidance: interval must be two rising noise levels in [0, 1]; "
             f"got interval={tuple(interval)}. (0, 1) is everywhere."
         )
-    if (low, high) != (0, 1) and level is None:
+    if (low, high) != EVERYWHERE and level is None:
         raise UserError(
             "guidance: an interval needs level, the noise level of a time; got "
             f"interval={tuple(interval)}, level=None. Give level=process.level."
-        )
-    if not 0 <= rescale <= 1:
-        raise UserError(
-            f"guidance: rescale must be in [0, 1]; got rescale={rescale}. 0 is off."
         )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attnjax.core.errors import UserError
 from attnjax.decoding import denoising, guidance
+from attnjax.tasks.denoising import perturbing
 from attnjax.tasks.denoising.sampling import default_sampler
 from attnjax.training.settings import DrawConfig
 
@@ -27,6 +28,13 @@ def check_guidance(model: Any, scale: float) -> None:
             f"guidance={scale:g}, config.model.label_dropout=0. Train with "
             "--config.model.label_dropout=0.1, or use guidance=1."
         )
+
+
+def check(model: Any, settings: DrawConfig) -> None:
+    """Raise UserError for guidance that a model has not the parts for."""
+    check_guidance(model, settings.guidance)
+    if settings.perturb_scale:
+        _chosen(model, settings.perturb, settings.perturb_heads)
 
 
 def draw(
@@ -48,32 +56,74 @@ def draw(
         mesh: of the devices that hold the arrays; every process gets all images.
 
     Raises:
-        UserError: for a sampler that is not of the process, or guidance that the
-            model was not trained for.
+        UserError: for a sampler that is not of the process, guidance that the model
+            was not trained for, or heads to perturb that it does not have.
     """
     check_guidance(task.model, settings.guidance)
-    run = _program(task, dataclasses.replace(settings, seed=0), mesh)
     key = jax.random.key(settings.seed)
-    return run(params, buffers, jnp.asarray(labels, jnp.int32), key)
+    settings = dataclasses.replace(settings, seed=0)
+    numbers, perturbation = {}, None
+    if settings.perturb_scale:
+        perturbation, pairs = _chosen(
+            task.model, settings.perturb, settings.perturb_heads
+        )
+        shares = perturbation.shares(pairs, settings.perturb_strength)
+        numbers = {"shares": shares, "weight": settings.perturb_scale}
+        # What the program does not depend on.
+        settings = dataclasses.replace(
+            settings, perturb_scale=1.0, perturb_strength=1.0, perturb_heads="all"
+        )
+    run = _program(task, settings, perturbation, mesh)
+    return run(params, buffers, jnp.asarray(labels, jnp.int32), key, numbers)
+
+
+_chosen = lru_cache(maxsize=64)(
+    lambda model, target, heads: perturbing.choose(model, target=target, heads=heads)
+)
 
 
 @lru_cache(maxsize=4)
-def _program(task, settings: DrawConfig, mesh):
+def _program(task, settings: DrawConfig, perturbation, mesh):
     """The compiled draw, for every evaluation of a run."""
     out = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(partial(_draw, task, settings), out_shardings=out)
+    return jax.jit(partial(_draw, task, settings, perturbation), out_shardings=out)
 
 
-def _draw(task, settings: DrawConfig, params, buffers, labels, prng_key):
+def _draw(
+    task,
+    settings: DrawConfig,
+    perturbation: perturbing.Perturbation | None,
+    params,
+    buffers,
+    labels,
+    prng_key,
+    numbers,
+):
+    """Images of labels; the numbers of a perturbation are its "shares" and "weight"."""
     model, process = task.model, task.process
 
-    def denoise(x, times, labels):
+    def denoise(x, times, labels, shares=None):
         ctx = model.context(batch=len(x))
+        if shares is not None:
+            ctx = perturbation.context(ctx, shares)
         times = process.embedded(times)
         return model.predict(params, buffers, x, times, labels, ctx)[0]
 
+    push = None
+    if perturbation is not None:
+        push = guidance.Push(
+            partial(denoise, shares=numbers["shares"]),
+            numbers["weight"],
+            settings.perturb_interval,
+        )
     guided = guidance.guided(
-        denoise, scale=settings.guidance, labels=labels, null_label=model.null_label
+        denoise,
+        scale=settings.guidance,
+        labels=labels,
+        null_label=model.null_label,
+        level=process.level,
+        rescale=settings.rescale,
+        push=push,
     )
     side, channels = model.image_size, model.channels
     return denoising.sample(

@@ -110,25 +110,40 @@ class LoadedDenoiser(Loaded):
 
         Args:
             labels: B classes, by name or number.
-            settings: sampler, steps, guidance, seed of `training.settings.DrawConfig`.
+            settings: of `draw_settings`.
 
         Raises:
             UserError: for an unknown class or sampler, or guidance that the model was
                 not trained for.
         """
-        try:
-            chosen = DrawConfig(**settings)
-        except ValueError as error:
-            raise UserError(f"draw: {error}") from error
         return np.asarray(
             pictures.draw(
                 self.task,
                 self.params,
                 self.buffers,
                 self.labels(labels),
-                settings=chosen,
+                settings=self.draw_settings(**settings),
             )
         )
+
+    def draw_settings(self, **settings: Any) -> DrawConfig:
+        """How images are drawn, checked against the model.
+
+        Args:
+            settings: sampler, steps, guidance, rescale, perturb_scale, perturb,
+                perturb_strength, perturb_heads, perturb_interval, seed of
+                `training.settings.DrawConfig`.
+
+        Raises:
+            UserError: for values out of range, guidance that the model was not trained
+                for, or heads to perturb that it does not have.
+        """
+        try:
+            chosen = DrawConfig(**settings)
+        except ValueError as error:
+            raise UserError(f"draw: {error}") from error
+        pictures.check(self.model, chosen)
+        return chosen
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, H, W, Ch] of normalised images."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from attnjax.core import schema
+from attnjax.tasks.denoising import perturbing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,14 @@ class TrainConfig:
     sample_tokens: int = 200
 
 
+PERTURB_OPTIONS = (
+    "perturb",
+    "perturb_strength",
+    "perturb_heads",
+    "perturb_interval",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class DrawConfig:
     """How images are drawn from a denoiser.
@@ -75,6 +84,16 @@ class DrawConfig:
             processes, heun for flows).
         steps: passes of the sampler.
         guidance: scale of classifier-free guidance (1: none).
+        rescale: share in [0, 1] of a guided prediction that is brought back to the
+            spread of the unguided one.
+        perturb_scale: w of guidance by a pass with perturbed attention,
+            w (f_c - f_pert) added to the prediction (0: none).
+        perturb: what the weights of its heads are moved to: "identity" (every token
+            sees itself) or "uniform" (all alike).
+        perturb_strength: how far, u in (0, 1].
+        perturb_heads: which heads: "all", or layers with their heads from 0, as
+            "2:0,1;3:all".
+        perturb_interval: noise levels, from 0 (clean) to 1, in which it acts.
         seed: of the noise.
     """
 
@@ -83,6 +102,12 @@ class DrawConfig:
     sampler: str | None = None
     steps: int = 50
     guidance: float = 1.0
+    rescale: float = 0.0
+    perturb_scale: float = 0.0
+    perturb: perturbing.Target = "identity"
+    perturb_strength: float = 1.0
+    perturb_heads: str = "all"
+    perturb_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
 
     def __post_init__(self):
@@ -92,6 +117,39 @@ class DrawConfig:
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
         if self.guidance < 0:
             raise ValueError(f"guidance must not be negative; got {self.guidance}.")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must be in [0, 1]; got {self.rescale}.")
+        self._check_perturbation()
+
+    def _check_perturbation(self):
+        object.__setattr__(self, "perturb_interval", tuple(self.perturb_interval))
+        if not self.perturb_scale >= 0:
+            raise ValueError(
+                f"perturb_scale must not be negative; got {self.perturb_scale}."
+            )
+        for name in PERTURB_OPTIONS:
+            value, plain = getattr(self, name), getattr(type(self), name)
+            if not self.perturb_scale and value != plain:
+                raise ValueError(
+                    f"{name} does nothing without perturb_scale; got {name}={value}, "
+                    "perturb_scale=0. Set perturb_scale, e.g. to 3."
+                )
+        if self.perturb not in perturbing.TARGETS:
+            raise ValueError(
+                f"perturb must be one of {', '.join(perturbing.TARGETS)}; got "
+                f"{self.perturb!r}."
+            )
+        if not 0 < self.perturb_strength <= 1:
+            raise ValueError(
+                f"perturb_strength must be in (0, 1]; got {self.perturb_strength}."
+            )
+        low, high = self.perturb_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                "perturb_interval must be two rising noise levels in [0, 1]; got "
+                f"{self.perturb_interval}."
+            )
+        perturbing.parse(self.perturb_heads)
 
 
 @dataclasses.dataclass(frozen=True)

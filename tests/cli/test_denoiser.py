@@ -127,6 +127,23 @@ def test_generate_draws_the_classes_that_are_asked_for(run, run_door, told, tmp_
         generate.main, *words, "--prompt", "a"
     )
     assert "euler" in told(generate.main, *words, "--sampler", "euler")
+    perturbed = [*words, "--perturb_heads", "0:0,1"]
+    assert "perturb_heads does nothing without perturb_scale" in told(
+        generate.main, *perturbed
+    )
+    assert "layers must be in 0..0; got layer 2" in told(
+        generate.main, *words, "--perturb_scale", "1", "--perturb_heads", "2:all"
+    )
+    code, said, err = run_door(
+        generate.main,
+        *perturbed,
+        "--perturb_scale",
+        "2",
+        "--perturb_interval",
+        "0",
+        ".8",
+    )
+    assert code == 0 and "wrote" in said, err
 
 
 def test_a_loaded_run_draws(run):
@@ -153,6 +170,7 @@ def test_a_classifier_judges_samples(run, judge, run_door, told, tmp_path):
     out = tmp_path / "m.json"
     words = ["--workdir", run, "--out", out, "--judge", judge]
     few = ["--per_class", "3", "--num_steps", "2", "--guidance", "1.5"]
+    few += ["--perturb_scale", "1", "--perturb", "uniform", "--rescale", "0.5"]
     code, _, err = run_door(evaluate.main, *words, *few)
     assert code == 0, err
     found = json.loads(out.read_text())
@@ -185,6 +203,14 @@ def test_a_plan_counts_images(file, run_door):
         (["--config.task.noise.path=vp"], "path is of the other process"),
         (["--config.model.label_dropout=0"], "got guidance=2, .*label_dropout=0"),
         (["--config.data.augment.mixup=0.1"], "mixed images are no samples"),
+        (["--config.eval.draw.perturb_heads=0:1"], "nothing without perturb_scale"),
+        (
+            [
+                "--config.eval.draw.perturb_scale=2",
+                "--config.eval.draw.perturb_heads=1:0",
+            ],
+            "perturb: layers must be in 0..0; got layer 1",
+        ),
         (["--config.model.layers=streaming_llm"], "an image model is bidirectional"),
         (["--config.eval.explain=3"], "those of texts; got explain=3"),
     ],

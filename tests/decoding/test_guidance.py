@@ -7,7 +7,7 @@ import pytest
 
 from attnjax.core.errors import UserError
 from attnjax.decoding.denoising import sample
-from attnjax.decoding.guidance import guided, perturbed_guidance
+from attnjax.decoding.guidance import Push, guided, perturbed_guidance
 from attnjax.tasks.denoising import Gaussian
 
 NULL = 9
@@ -114,6 +114,61 @@ def test_a_guided_network_can_be_sampled():
     assert x.shape == (3, 2, 2, 4)
 
 
+class Perturbed(Network):
+    """The same network with another output."""
+
+    def __call__(self, x, times, labels):
+        return super().__call__(x, times, labels) + jnp.cos(3 * jnp.tile(x, 2))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_push_adds_to_the_guided_prediction_of_one_more_pass(scale):
+    perturbed = Perturbed()
+    (f_c, f_u), f_pert = halves(), perturbed(X, TIMES, LABELS)
+    perturbed.batches.clear()
+    output, network = run(scale, push=Push(perturbed, 3.0), channels=3)
+    assert network.batches == [3 if scale == 1 else 6] and perturbed.batches == [3]
+    expected = f_u + scale * (f_c - f_u) + 3.0 * (f_c - f_pert)
+    np.testing.assert_allclose(output[..., :3], expected[..., :3], rtol=2e-4, atol=1e-5)
+    np.testing.assert_array_equal(output[..., 3:], f_c[..., 3:])
+    rescaled, _ = run(scale, push=Push(perturbed, 3.0), rescale=1.0)
+    spreads = (np.std(a[..., :4], axis=(1, 2, 3)) for a in (rescaled, f_c))
+    np.testing.assert_allclose(*spreads, rtol=1e-5, atol=1e-6)
+
+
+def test_a_push_without_weight_costs_nothing_and_without_a_change_does_nothing():
+    perturbed = Perturbed()
+    for scale in (1.0, 2.5):
+        output, _ = run(scale, push=Push(perturbed, 0.0))
+        np.testing.assert_array_equal(output, run(scale)[0])
+        same, _ = run(scale, push=Push(Network(), jnp.float32(7.0)))
+        np.testing.assert_allclose(same, output, rtol=1e-6)
+    assert perturbed.batches == []
+
+
+def test_a_push_acts_within_its_interval_and_runs_nowhere_else():
+    ran = []
+
+    def perturbed(x, times, labels):
+        jax.debug.callback(lambda x: ran.append(len(x)), x)
+        return Perturbed()(x, times, labels)
+
+    push, level = Push(perturbed, 3.0, (0.2, 0.6)), Gaussian().level
+    outside = np.array([0, 2])
+    output, _ = run(2.5, push=push, level=level)
+    whole = run(2.5, push=Push(Perturbed(), 3.0))[0]
+    plain = run(2.5)[0]
+    np.testing.assert_array_equal(output[outside], plain[outside])
+    np.testing.assert_allclose(output[1], whole[1], rtol=1e-5)
+    fn = guided(
+        Network(), scale=1.0, labels=LABELS, null_label=None, level=level, push=push
+    )
+    for time in (100, 900):
+        jax.block_until_ready(fn(X, jnp.full(3, time)))
+    jax.effects_barrier()
+    assert ran == [3]
+
+
 def test_perturbed_guidance_pushes_away_from_the_perturbed_pass():
     f_c, f_pert, f_u = X[0], X[1], X[2]
     alone = perturbed_guidance(f_c, f_pert, weight=3.0)
@@ -135,6 +190,9 @@ def test_perturbed_guidance_pushes_away_from_the_perturbed_pass():
         ({"channels": 0}, "channels must be in 1..4"),
         ({"interval": (0.6, 0.2)}, "interval must be two rising noise levels"),
         ({"interval": (0.2, 0.6)}, "an interval needs level.*level=None"),
+        ({"push": Push(Network(), -1.0)}, "weight of a push must not be negative; got"),
+        ({"push": Push(Network(), 1.0, (0.5, 1.5))}, "two rising noise levels"),
+        ({"push": Push(Network(), 1.0, (0.2, 0.6))}, "an interval needs level"),
         ({"rescale": 1.5}, r"rescale must be in \[0, 1\]; got rescale=1.5"),
     ],
 )

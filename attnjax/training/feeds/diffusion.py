@@ -11,7 +11,7 @@ from attnjax.core import schema
 from attnjax.core.errors import UserError
 from attnjax.models import dit
 from attnjax.tasks import denoising, diffusion
-from attnjax.tasks.denoising import sampling
+from attnjax.tasks.denoising import perturbing, sampling
 from attnjax.training import sharding
 from attnjax.training.feeds.base import Batch, Reference
 from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
@@ -94,6 +94,9 @@ class DiffusionFeed(ImageFeed):
         rows = None
         if mesh is not None and mesh.size > 1:
             rows = sharding.batch_sharding(mesh, leading=0)
+        draw = schema.build(DrawConfig, self.config["eval"]["draw"])
+        if draw.perturb_scale:
+            perturbing.choose(model, target=draw.perturb, heads=draw.perturb_heads)
         return diffusion.Diffusion(self.task_config, model, rows=rows)
 
     def search_facts(self, model: Any) -> dict[str, int]:

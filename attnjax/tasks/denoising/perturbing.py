@@ -1,0 +1,194 @@
+"""Which attention heads a guiding pass perturbs, and how: the options and what they
+refuse.
+
+Source: Ahn et al. (perturbed-attention guidance), arXiv 2403.17377; sets of heads and
+strengths: arXiv 2506.10978.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core.context import Context, Hook
+from attnjax.core.errors import UserError, unknown
+
+# What the weights of a head are moved to: every token at itself, or at all alike.
+Target = Literal["identity", "uniform"]
+TARGETS = get_args(Target)
+ALL = "all"
+
+
+def parse(text: str) -> dict[int, tuple[int, ...] | None] | None:
+    """Layer -> its heads of "2:0,1;3:all" (None: all of them); None for "all".
+
+    Raises:
+        ValueError: for text of another form, or a layer or head told twice.
+    """
+    if text.strip() == ALL:
+        return None
+    chosen = {}
+    for part in text.split(";"):
+        found = re.fullmatch(r"\s*(\d+)\s*:\s*(all|\d+(?:\s*,\s*\d+)*)\s*", part)
+        if found is None:
+            raise ValueError(
+                "perturb_heads must be 'all' or layers with their heads, as "
+                f"'2:0,1;3:all'; got {text!r}."
+            )
+        layer, heads = int(found[1]), found[2]
+        if layer in chosen:
+            raise ValueError(f"perturb_heads names layer {layer} twice; got {text!r}.")
+        some = None if heads == ALL else tuple(int(h) for h in heads.split(","))
+        if some is not None and len(set(some)) < len(some):
+            raise ValueError(
+                f"perturb_heads names a head of layer {layer} twice; got {text!r}."
+            )
+        chosen[layer] = some
+    return chosen
+
+
+def text_of(pairs: Iterable[tuple[int, int]]) -> str:
+    """The text that `parse` reads of (layer, head) pairs."""
+    layers = {}
+    for layer, head in sorted(pairs):
+        layers.setdefault(layer, []).append(str(head))
+    return ";".join(f"{layer}:{','.join(heads)}" for layer, heads in layers.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """A' = (1 - u) A + u P in some layers, u of each head an array: static, hashable.
+
+    Attributes:
+        target: P: "identity", or "uniform" over the tokens that are seen.
+        num_layers: of the model.
+        sites: (layer, its number of heads H) where weights are moved.
+    """
+
+    target: str
+    num_layers: int
+    sites: tuple[tuple[int, int], ...]
+
+    def __post_init__(self):
+        if self.target not in TARGETS:
+            raise unknown("perturb", "target", self.target, TARGETS)
+
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Every (layer, head) of the sites."""
+        return tuple((layer, head) for layer, n in self.sites for head in range(n))
+
+    def shares(self, pairs: Iterable[tuple[int, int]], strength: float) -> np.ndarray:
+        """float32 [layers, most heads of a layer]: u of the pairs, 0 of the others.
+
+        Raises:
+            UserError: for a pair that is not of the sites, or no pair.
+        """
+        most = max(n for _, n in self.sites)
+        found, known = np.zeros((self.num_layers, most), np.float32), self.pairs()
+        pairs = tuple(pairs)
+        if not pairs:
+            raise UserError("perturb: at least one head must be chosen; got none.")
+        for layer, head in pairs:
+            if (layer, head) not in known:
+                raise UserError(
+                    "perturb: heads must be among those of the layers "
+                    f"{dict(self.sites)} (layer: heads); got layer {layer}, head "
+                    f"{head}. Heads count from 0 in their layer."
+                )
+            found[layer, head] = strength
+        return found
+
+    def context(self, ctx: Context, shares: jax.Array) -> Context:
+        """`ctx` with the hooks that move the weights by `shares`."""
+        hooks, operands = [], {}
+        for count in sorted({n for _, n in self.sites}):
+            name = f"perturb_{count}_heads"
+            layers = tuple(layer for layer, n in self.sites if n == count)
+            action = f"blend_{self.target}"
+            hooks.append(Hook(name, "weights", layers=layers, action=action))
+            operands[name] = shares[:, :count]
+        return ctx.replace(
+            hooks=(*ctx.hooks, *hooks), interventions=ctx.interventions | operands
+        )
+
+
+def choose(
+    model: Any, *, target: str, heads: str
+) -> tuple[Perturbation, tuple[tuple[int, int], ...]]:
+    """What a text asks of a model, and the (layer, head) pairs that it names.
+
+    The layers are asked what they have by an abstract trace; nothing is computed.
+
+    Args:
+        model: a `models.dit.DiT`.
+        target: of `TARGETS`.
+        heads: as `parse` reads it.
+
+    Raises:
+        UserError: for a text of another form, layers or heads that are not there, and
+            mechanisms whose weights cannot be moved, by their names.
+    """
+    try:
+        chosen = parse(heads)
+    except ValueError as error:
+        raise UserError(f"perturb: {error}") from error
+    depth = len(model.names)
+    layers = tuple(range(depth)) if chosen is None else tuple(sorted(chosen))
+    for layer in layers:
+        if layer >= depth:
+            raise UserError(
+                f"perturb: layers must be in 0..{depth - 1}; got layer {layer} in "
+                f"perturb_heads={heads!r}."
+            )
+    counts = heads_of(model, layers)
+    made = Perturbation(target, depth, tuple(counts.items()))
+    named = {
+        layer: range(n) if chosen is None or chosen[layer] is None else chosen[layer]
+        for layer, n in counts.items()
+    }
+    pairs = tuple((layer, head) for layer, some in named.items() for head in some)
+    shares = made.shares(pairs, 1.0)
+    _trace(model, lambda ctx: made.context(ctx, jnp.asarray(shares)))
+    return made, pairs
+
+
+def heads_of(model: Any, layers: Iterable[int]) -> dict[int, int]:
+    """Layer -> how many heads its attention weights have.
+
+    Raises:
+        UserError: where a layer's mechanism has no weights to read, by its name.
+    """
+    seen = Hook("weights", "weights", layers=tuple(layers))
+    out = _trace(model, lambda ctx: ctx.replace(hooks=(seen,)))
+    counts = {}
+    for layer in seen.layers:
+        shape = out.records[layer]["weights"].shape
+        if len(shape) != 4:
+            raise UserError(
+                f"perturb: layer {layer} ({model.names[layer]}) has no weights of "
+                f"heads over tokens, [B, H, T, T]; its 'weights' have shape={shape}. "
+                "Name other layers in perturb_heads."
+            )
+        counts[layer] = shape[1]
+    return counts
+
+
+def _trace(model: Any, change) -> Any:
+    """What the layers of a denoiser report with another context, abstractly."""
+    side = model.image_size
+    arrays = jax.eval_shape(model.init, 0)
+    inputs = (
+        jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+
+    def call(arrays, inputs):
+        ctx = change(model.context(batch=1))
+        return model.predict(*arrays, *inputs, ctx)[1]
+
+    return jax.eval_shape(call, arrays, inputs)
