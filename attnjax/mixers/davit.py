@@ -120,34 +120,28 @@ class Spatial(windowed.Windowed):
     def __init__(self, config: Config, dims: MixerDims, *, rngs: nnx.Rngs):
         grid = cuts.need_grid(dims, owner="davit")
         windows = windows_of(config, grid)
-        self.real, self.filled = grid, grid
-        if not config.mask_padding:
-            self.filled = windows.whole
-            windows = dataclasses.replace(windows, grid=self.filled)
-            dims = _on(self.filled, dims)
+        self.cut = None if config.mask_padding else windows
+        if self.cut is not None:
+            windows = dataclasses.replace(windows, grid=windows.whole)
+            dims = _on(windows.grid, dims)
         layer = layer_config(config)
         super().__init__(layer, dims, windows=windows, owner="davit", rngs=rngs)
 
     def __call__(self, x: jax.Array, ctx: Context):
         """[B, T, C] -> [B, T, C] in the compute dtype; where padding is not left out
         it is tokens like the others meanwhile."""
-        if self.filled == self.real:
+        if self.cut is None:
             return super().__call__(x, ctx)
-        extra, rest = ctx.extra_tokens, x.shape[2:]
-        places = jnp.arange(extra + math.prod(self.filled), dtype=jnp.int32)
+        extra = ctx.extra_tokens
+        filled = jnp.concatenate([x[:, :extra], self.cut.fill(x[:, extra:])], axis=1)
+        places = jnp.arange(filled.shape[1], dtype=jnp.int32)
         within = ctx.replace(
-            grid=self.filled,
-            positions=jnp.broadcast_to(places, (len(x), len(places))),
+            grid=self.cut.whole,
+            positions=jnp.broadcast_to(places, filled.shape[:2]),
         )
-        more = [(0, n - m) for m, n in zip(self.real, self.filled, strict=True)]
-        grid = x[:, extra:].reshape(len(x), *self.real, *rest)
-        grid = jnp.pad(grid, [(0, 0), *more, (0, 0)])
-        whole = jnp.concatenate([x[:, :extra], grid.reshape(len(x), -1, *rest)], axis=1)
-        y, out = super().__call__(whole, within)
-        grid = y[:, extra:].reshape(len(x), *self.filled, *rest)
-        grid = grid[(slice(None), *(slice(n) for n in self.real))]
-        first = y[:, :extra]
-        return jnp.concatenate([first, grid.reshape(len(x), -1, *rest)], axis=1), out
+        y, out = super().__call__(filled, within)
+        grid = self.cut.crop(y[:, extra:])
+        return jnp.concatenate([y[:, :extra], grid], axis=1), out
 
 
 def _on(grid: tuple[int, ...], dims: MixerDims) -> MixerDims:

@@ -7,7 +7,8 @@ it: the query at i of a block sees from h + i places before it to b + h - 1 - i 
     score = q.k / sqrt(D) + sum over the axes of q.R_axis[j - i + m - 1]
 
 for a query at place i of its block and a key at place j of its window, R_axis learned,
-[2 m - 1, D], shared by the heads.
+[2 m - 1, D], shared by the heads. The paper's downsampling (queries at every s-th place
+alone) is left out: a layer gives back as many tokens as it is given.
 
 Source: Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual
 Backbones", arXiv 2103.12731, section 2; relative embeddings as in Ramachandran et al.,
@@ -168,7 +169,7 @@ class Mixer(windowed.Windowed):
         if self.config.relative == "none":
             return spec, {}
         extra = call.ctx.extra_tokens
-        rows = self.rows(0, self._embedded(call), extra)
+        rows = self.rows(self._embedded(call)[:, extra:])
         of_query = [self._along(axis, rows) for axis in range(len(self.windows.grid))]
         of_key = np.pad(_places(self.windows.seen), ((extra, 0), (0, 0)))
         spec = dataclasses.replace(spec, score=(kernels.LowRankBias(), *spec.score))
@@ -192,7 +193,8 @@ class Mixer(windowed.Windowed):
         query = call.notes[id(self)]
         if self.config.relative == "unscaled":
             return query
-        scale = self.config.scale or query.shape[-1] ** -0.5
+        scale = self.config.scale
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         return query * jnp.asarray(scale, query.dtype)
 
     def _table(self, axis: int, like: jax.Array) -> jax.Array:

@@ -61,7 +61,12 @@ class Windowed(attention.Mixer):
         if any(hook.what in LAID_OPEN for hook in call.ctx.hooks):
             return self._laid_open(x, qkv, operands, call, spec)
         own, more = self.of_windows(spec, call)
-        rows = tuple(self.rows(i, a, extra) for i, a in enumerate(qkv))
+        query, key, value = qkv
+        rows = (
+            self.rows(query[:, extra:]),
+            self.key_rows(key, extra),
+            self.key_rows(value, extra),
+        )
         visible = self.windows.visible()
         if visible is not None:
             # Extra tokens come first and are always there.
@@ -72,16 +77,17 @@ class Windowed(attention.Mixer):
         heads = self.windows.unfold(heads)
         if not extra:
             return heads
-        whole = (qkv[0][:, :extra], *qkv[1:])
+        whole = (query[:, :extra], key, value)
         first = super().attend(x, whole, mask, operands, call, spec=spec)
         return jnp.concatenate([first, heads], axis=1)
 
-    def rows(self, index: int, a: jax.Array, extra: int) -> jax.Array:
-        """query (0), key or value [B, T, ...] as rows [B N, L or S, ...]."""
-        grid = a[:, extra:]
-        if index == 0:
-            return _joined(self.windows.fold(grid))
-        rows = self.windows.fold_seen(grid)
+    def rows(self, a: jax.Array) -> jax.Array:
+        """What belongs to queries, [B, prod(grid), ...] -> [B N, L, ...]."""
+        return _joined(self.windows.fold(a))
+
+    def key_rows(self, a: jax.Array, extra: int) -> jax.Array:
+        """Keys or values [B, T, ...] -> [B N, S, ...], what each window sees."""
+        rows = self.windows.fold_seen(a[:, extra:])
         if extra:
             shape = (*rows.shape[:2], extra, *rows.shape[3:])
             first = jnp.broadcast_to(a[:, None, :extra], shape)

@@ -66,14 +66,27 @@ class Windows:
 
     # ---- tokens [B, prod(grid), ...] in row-major order
 
+    def fill(self, x: jax.Array) -> jax.Array:
+        """[B, prod(grid), ...] -> [B, prod(whole), ...], zeros behind each axis."""
+        if self.whole == self.grid:
+            return x
+        rest = x.shape[2:]
+        more = [(0, m - n) for n, m in zip(self.grid, self.whole, strict=True)]
+        x = x.reshape(len(x), *self.grid, *rest)
+        x = jnp.pad(x, [(0, 0), *more, *[(0, 0)] * len(rest)])
+        return x.reshape(len(x), -1, *rest)
+
+    def crop(self, x: jax.Array) -> jax.Array:
+        """[B, prod(whole), ...] -> [B, prod(grid), ...]: undoes `fill`."""
+        rest = x.shape[2:]
+        x = x.reshape(len(x), *self.whole, *rest)
+        x = x[(slice(None), *(slice(n) for n in self.grid))]
+        return x.reshape(len(x), math.prod(self.grid), *rest)
+
     def fold(self, x: jax.Array) -> jax.Array:
         """[B, prod(grid), ...] -> [B, N, prod(w), ...], zeros behind the grid."""
         rest = x.shape[2:]
-        x = x.reshape(len(x), *self.grid, *rest)
-        more = [(0, m - n) for n, m in zip(self.grid, self.whole, strict=True)]
-        if any(after for _, after in more):
-            x = jnp.pad(x, [(0, 0), *more, *[(0, 0)] * len(rest)])
-        x = x.reshape(len(x), *self._pieces(), *rest)
+        x = self.fill(x).reshape(len(x), *self._pieces(), *rest)
         return self._moved(x, self._order()).reshape(
             len(x), self.count, math.prod(self.size), *rest
         )
@@ -83,9 +96,7 @@ class Windows:
         rest = x.shape[3:]
         x = x.reshape(len(x), *self.runs, *self.size, *rest)
         x = self._moved(x, np.argsort(self._order()))
-        x = x.reshape(len(x), *self.whole, *rest)
-        x = x[(slice(None), *(slice(n) for n in self.grid))]
-        return x.reshape(len(x), math.prod(self.grid), *rest)
+        return self.crop(x.reshape(len(x), -1, *rest))
 
     def fold_seen(self, x: jax.Array) -> jax.Array:
         """[B, prod(grid), ...] -> [B, N, prod(m), ...], what each window sees."""
