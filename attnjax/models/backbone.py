@@ -97,6 +97,17 @@ class Config:
     kernel: str = "auto"
     mixers: schema.Deferred = dataclasses.field(default_factory=dict)
 
+    def schedule(self) -> tuple[str, ...]:
+        """The instance name of each layer."""
+        return schedule.expand(self.layers, self.num_layers)
+
+    def mlp_parameters_per_unit(self) -> float:
+        """Parameters that all MLPs together have for a unit of `mlp_dim`."""
+        one = nn.mlp_parameters_per_unit(
+            self.embed_dim, activation=self.activation, use_bias=self.use_bias
+        )
+        return len(self.schedule()) * one
+
     def without_learned_tokens(self) -> "Config":
         """The same without extra tokens, as baselines of equal parameters are."""
         return self
@@ -227,7 +238,7 @@ class Backbone:
     """
 
     def __init__(self, config: Config, *, platform: str, like: Callable):
-        self.names = schedule.expand(config.layers, config.num_layers)
+        self.names = config.schedule()
         self.matched = None
         if config.params is not None:
             self.matched = matching.solve(
@@ -244,16 +255,25 @@ class Backbone:
 
     # ---- building
 
-    def _build(self, **own) -> None:
-        """Lay out layers and ends; `own` are the model's fields of MixerDims."""
+    def _build(
+        self, *, layout: Layout | None = None, groups: range | None = None, **own
+    ) -> None:
+        """Lay out layers and ends.
+
+        Args:
+            layout, groups: the whole model's layout and the groups of it that these
+                layers are, where they are not the whole model.
+            own: the model's fields of MixerDims.
+        """
+        self.layout = Layout.of(self.names) if layout is None else layout
         self.dims = self._mixer_dims(**own)
         self.block_dims = self._block_dims()
-        self.layout = Layout.of(self.names)
         self.stack = Stack(
             self.layout,
             self._make_block,
             remat=self.config.remat,
             unroll=self.config.unroll,
+            groups=groups,
         )
         ends = nnx.eval_shape(lambda: self._make_ends(nnx.Rngs(0)))
         self._ends, _ = nnx.split(ends, nnx.Param)
@@ -266,7 +286,7 @@ class Backbone:
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads or c.num_heads,
             head_dim=head_width(c),
-            num_layers=len(self.names),
+            num_layers=len(self.layout.names),
             qk_norm=c.qk_norm,
             norm=c.norm,
             norm_eps=c.norm_eps,
@@ -285,7 +305,7 @@ class Backbone:
         """Standard deviations of maps at the start: of the mixers' inner ones, and of
         those into the residual stream."""
         c = self.config
-        depth = len(self.names)
+        depth = len(self.layout.names)
         out_std = c.init_std / math.sqrt(2 * depth) if c.scale_out_init else c.init_std
         return c.init_std, out_std
 

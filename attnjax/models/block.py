@@ -31,6 +31,8 @@ class BlockDims:
         num_layers: L.
         modulated: whether norms have no factors of their own and `Context.condition`
             shifts and scales what each sub-layer reads and gates what it adds.
+        conv_positions: whether each sub-layer reads, and the residual stream goes on
+            with, x + a depthwise convolution of 3 x 3 places of x; on grids alone.
         std, out_std: initialisation of inner maps and of maps into the residual.
         dtype, param_dtype: compute and storage dtypes.
     """
@@ -49,6 +51,7 @@ class BlockDims:
     drop_path: float = 0.0
     num_layers: int = 1
     modulated: bool = False
+    conv_positions: bool = False
     std: float = 0.02
     out_std: float = 0.02
     dtype: str = "float32"
@@ -66,6 +69,10 @@ class Block(nnx.Module):
     With `modulated` x + gate mixer(norm(x) (1 + scale) + shift), and the same for the
     MLP (adaLN-Zero of Peebles and Xie, arXiv 2212.09748, section 3.2); extra streams,
     which belong to no row, are neither shifted nor gated.
+
+    With `conv_positions` x becomes x + conv(x) in front of each sub-layer, the
+    conditional positions of Chu et al., arXiv 2102.10882, section 3.2, as DaViT has
+    them (arXiv 2204.03645, the authors' code).
     """
 
     def __init__(self, make_mixer, dims: BlockDims, *, rngs: nnx.Rngs):
@@ -83,11 +90,13 @@ class Block(nnx.Module):
         self.dims = dims
         self.has_mlp = dims.mlp_dim > 0
         self.modulation = self._modulation(rngs)
+        self.conv_mixer = self._convolution(rngs)
         self.norm_mixer = norm()
         self.post_norm_mixer = norm() if dims.post_norm else None
         self.mixer = make_mixer(rngs=rngs)
         self.layer_scale_mixer = self._layer_scale(rngs)
         if self.has_mlp:
+            self.conv_mlp = self._convolution(rngs)
             self.norm_mlp = norm()
             self.post_norm_mlp = norm() if dims.post_norm else None
             self.layer_scale_mlp = self._layer_scale(rngs)
@@ -116,6 +125,19 @@ class Block(nnx.Module):
             rngs=rngs,
         )
 
+    def _convolution(self, rngs: nnx.Rngs):
+        """The positions in front of one sub-layer, or None."""
+        dims = self.dims
+        if not dims.conv_positions:
+            return None
+        return nn.DepthwiseConvolution(
+            dims.embed_dim,
+            use_bias=dims.use_bias,
+            dtype=jnp.dtype(dims.dtype),
+            param_dtype=jnp.dtype(dims.param_dtype),
+            rngs=rngs,
+        )
+
     def _layer_scale(self, rngs: nnx.Rngs):
         """The factors of one sub-layer, or None."""
         dims = self.dims
@@ -131,11 +153,13 @@ class Block(nnx.Module):
         """[B, T, C] and the raw streams -> the same, and the mixer's MixerOut."""
         ctx = ctx.replace(streams=self.normed(streams))
         steered = self._steered(ctx)
+        x = _placed(x, self.conv_mixer, ctx)
         y, out = self.mixer(_read(self.norm_mixer(x), steered[:3]), ctx)
         if streams:
             streams = self.run_streams(streams, ctx, added=out.streams)
         x = self._add(x, _gated(self._of_mixer(y), steered[:3]), ctx, 0)
         if self.has_mlp:
+            x = _placed(x, self.conv_mlp, ctx)
             y = self._of_mlp(x, steered[3:])
             x = self._add(x, _gated(y, steered[3:]), ctx, 1)
         return x, streams, out
@@ -226,6 +250,13 @@ class Block(nnx.Module):
         """float32 scalar: 0 at the first layer, 1 at the last."""
         last = self.dims.num_layers - 1
         return ctx.layer_index / jnp.float32(last) if last else jnp.float32(1)
+
+
+def _placed(x: jax.Array, conv, ctx: Context) -> jax.Array:
+    """x with the positions that a convolution gives it."""
+    if conv is None:
+        return x
+    return x + conv(x, ctx.grid, extra_tokens=ctx.extra_tokens).astype(x.dtype)
 
 
 def _read(x: jax.Array, steered) -> jax.Array:

@@ -79,10 +79,11 @@ def check_positions(config: Any) -> None:
             )
         )
     if config.positions == "rope":
-        _check_rope(config)
+        check_rope(config)
 
 
-def _check_rope(config: Any) -> None:
+def check_rope(config: Any) -> None:
+    """Raise UserError where heads are too narrow to be turned along two axes."""
     rope = nn.rope_on_grid(config.rope, (1, 1), 0)
     width = backbone.head_width(config)
     if not rope.rotated_dim(width):
@@ -102,7 +103,12 @@ def check_images(config: Any, image_size: int, channels: int, num_classes: int) 
             f"patch_size={config.patch_size}, image_size={image_size}. Use one of "
             f"{divisors}."
         )
-    for name, value in (("channels", channels), ("num_classes", num_classes)):
+    check_counts(config, channels=channels, num_classes=num_classes)
+
+
+def check_counts(config: Any, **counts: int) -> None:
+    """Raise UserError for counts of nothing."""
+    for name, value in counts.items():
         if value < 1:
             raise UserError(
                 f"{config.name}: {name} must be at least 1; got {name}={value}."

@@ -6,6 +6,7 @@ stacked. `Layout` is the table between the two, stored with each checkpoint.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -29,7 +30,14 @@ class Layout:
     @classmethod
     def of(cls, names: Sequence[str]) -> "Layout":
         """The layout of a schedule."""
-        return cls(tuple(names), schedule.groups(tuple(names)))
+        return cls.of_stages([names])
+
+    @classmethod
+    def of_stages(cls, stages: Sequence[Sequence[str]]) -> "Layout":
+        """The layout of schedules in a row; no group reaches over the end of one."""
+        names = tuple(name for stage in stages for name in stage)
+        groups = (schedule.groups(tuple(stage)) for stage in stages)
+        return cls(names, tuple(itertools.chain.from_iterable(groups)))
 
     @property
     def places(self) -> list[tuple[int, int, int, str]]:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from attnjax import nn
 from attnjax.core.errors import UserError
 
 
@@ -145,9 +144,7 @@ def solve(config: Any, *, width: int, depth: int, count: Callable) -> Matched:
             f"and {have:,} parameters, {target:,} wanted. Give config.model.mlp_dim a "
             "width, or set config.model.params=none."
         )
-    each = depth * nn.mlp_parameters_per_unit(
-        config.embed_dim, activation=config.activation, use_bias=config.use_bias
-    )
+    each = config.mlp_parameters_per_unit()
     step = config.match.multiple
     found = step * round((width + (target - have) / each) / step)
     if found < step and width:

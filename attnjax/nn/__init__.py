@@ -7,6 +7,7 @@ from attnjax.nn.conditioning import (
     shifted,
     time_features,
 )
+from attnjax.nn.convolution import Convolution, DepthwiseConvolution
 from attnjax.nn.dropout import drop_path, dropout
 from attnjax.nn.embedding import Embedding
 from attnjax.nn.grid_positions import (
@@ -35,6 +36,8 @@ __all__ = [
     "AttentivePool",
     "AxialRope",
     "Buffer",
+    "Convolution",
+    "DepthwiseConvolution",
     "Embedding",
     "LayerNorm",
     "Linear",

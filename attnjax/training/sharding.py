@@ -26,7 +26,7 @@ LOGICAL_AXES = (
     (r"token_embedding/table$", ("vocab", "embed")),
     (r"(position_embedding|prefix_tokens)/table$", (None, "embed")),
     (r"(class_token|registers)/table$", (None, "embed")),
-    (r"patches/kernel$", (None, "embed")),
+    (r"(patches|(stem|downsampling)/\w+)/kernel$", (None, "embed")),
     (r"pool/query$", (None, "embed")),
     (r"(pool/value|head_hidden)/kernel$", ("embed", None)),
     (r"head/kernel$", ("embed", "vocab")),
@@ -42,6 +42,7 @@ LOGICAL_AXES = (
 ENDS = (
     *("token_embedding", "position_embedding", "head"),
     *("patches", "class_token", "registers", "pool", "head_hidden"),
+    *("stem", "downsampling"),
 )
 
 RULES = {

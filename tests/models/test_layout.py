@@ -124,3 +124,13 @@ def test_names_are_absolute():
         for i in range(4)
         for rest in ("mixer/kernel", "norm/scale")
     }
+
+
+def test_no_group_reaches_over_the_end_of_a_stage():
+    layout = Layout.of_stages([("a", "a"), ("a", "b"), ("a", "b")])
+    assert layout.names == ("a", "a", "a", "b", "a", "b")
+    assert [pattern for pattern, _ in layout.groups] == [
+        *(("a",), ("a",), ("b",), ("a",), ("b",))
+    ]
+    assert layout.layers_of(3, 0) == [4]
+    assert Layout.from_json(layout.to_json()) == layout

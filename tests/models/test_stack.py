@@ -282,6 +282,34 @@ def test_layers_and_seeds_start_differently(build):
 # ---- what a foreign module may and may not hold
 
 
+def test_stacks_of_parts_of_a_layout_join_to_the_whole(build):
+    """Layers, means of losses, records and buffers keep their absolute numbers."""
+    model = build(stream=True)
+    whole = model.stack
+    pieces = [
+        Stack(whole.layout, whole._make_block, groups=range(g, g + 1)) for g in (0, 1)
+    ]
+    key = jax.random.key(0)
+    params, buffers = jax.jit(whole.init)(key)
+    for g, piece in enumerate(pieces):
+        assert list(jax.eval_shape(piece.init, key)[0]) == [f"group_{g}"]
+    ctx = context(streams={"side": jnp.ones((1, T, C))})
+
+    @jax.jit
+    def both(x):
+        y, out = whole.apply(params, buffers, x, ctx)
+        first, second = pieces
+        x, one = first.part(params, buffers, x, ctx)
+        x, two = second.part(params, buffers, x, ctx.replace(streams=one.streams))
+        return (y, out), (x, stack.joined([one, two]))
+
+    wanted, found = both(input_of())
+    assert sorted(found[1].records) == list(range(5))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, wanted
+    )
+
+
 class Foreign(nnx.Module):
     """A mixer that holds what `held` makes, beside a list of maps."""
 

@@ -1,7 +1,7 @@
 """What a run learns from: text or images, behind one interface (`feeds.base.Feed`).
 
-The name of the model decides: `config.model.name=lm` reads text, `vit` names images
-and `dit` takes noise out of them.
+The name of the model decides: `config.model.name=lm` reads text, `vit` and `pyramid`
+name images and `dit` takes noise out of them.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from attnjax.core.errors import unknown
 from attnjax.training.feeds.base import Feed
 from attnjax.training.feeds.diffusion import DiffusionFeed
 from attnjax.training.feeds.images import ImageFeed
+from attnjax.training.feeds.pyramid import PyramidFeed
 from attnjax.training.feeds.text import TextFeed
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DiffusionFeed",
     "Feed",
     "ImageFeed",
+    "PyramidFeed",
     "TextFeed",
     "feed_class",
     "make",
@@ -26,6 +28,7 @@ __all__ = [
 FEEDS: dict[str, type[Feed]] = {
     "lm": TextFeed,
     "vit": ImageFeed,
+    "pyramid": PyramidFeed,
     "dit": DiffusionFeed,
 }
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,14 @@ class ImageEvalConfig(EvalConfig):
 
 
 class ImageFeed(Feed):
-    """Images for `models.vit` and `tasks.classification`."""
+    """Images for a classifier, `models.vit`, and `tasks.classification`.
+
+    Attributes:
+        model_class: of `model_module`.
+    """
 
     model_module = vit
+    model_class: ClassVar[type] = vit.ViT
     task_module = classification
     unit = "image"
     train_config = ImageTrainConfig
@@ -127,10 +132,10 @@ class ImageFeed(Feed):
     @classmethod
     def make_model(
         cls, config: Mapping[str, Any], sizes: Mapping[str, int], *, platform, target
-    ) -> vit.ViT:
+    ) -> Any:
         """See `Feed`."""
-        return vit.ViT(
-            schema.build(vit.Config, config["model"]),
+        return cls.model_class(
+            schema.build(cls.model_module.Config, config["model"]),
             image_size=sizes["image_size"],
             channels=sizes["channels"],
             num_classes=sizes["num_classes"],
