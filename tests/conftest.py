@@ -15,22 +15,31 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", False)
 jax.config.update("jax_enable_compilation_cache", False)
 
+TESTS = pytest.StashKey[list]()
+
 # Each compiled program is several mappings of memory, of which Linux gives a process
 # 65,530; the compiler ends the process when there are no more.
-MANY_MAPPINGS = 10_000
+MANY_MAPPINGS, TOO_MANY = 10_000, 40_000
+LOOK_EVERY = 25
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Between files, let go of compiled programs where there are many."""
-    if nextitem is not None and nextitem.path == item.path:
+    """Let go of compiled programs: between files where there are many, inside of one
+    where there would soon be too many."""
+    between = nextitem is None or nextitem.path != item.path
+    state = item.session.stash.setdefault(TESTS, [0])
+    state[0] += 1
+    if not between and state[0] % LOOK_EVERY:
         return
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+    allowed = MANY_MAPPINGS if between else TOO_MANY
+    if maps.exists() and maps.read_bytes().count(b"\n") > allowed:
         jax.clear_caches()
         gc.collect()
