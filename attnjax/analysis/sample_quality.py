@@ -6,6 +6,7 @@ that its head reads are the features of the distances here. Numbers with other f
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -126,23 +127,33 @@ class Judge:
     def look(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features float32 [N, C] and named classes int [N] of the denoiser's images,
         normalised as its training data."""
+        features, logits = self._outputs(images)
+        return features.astype(np.float32), logits.argmax(axis=-1)
+
+    def log_probabilities(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """float [N]: log p(label) of such images, in nats."""
+        _, logits = self._outputs(images)
+        found = jax.nn.log_softmax(logits.astype(np.float32), axis=-1)
+        return np.asarray(found)[np.arange(len(images)), np.asarray(labels)]
+
+    def _outputs(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features [N, C] and logits [N, classes]."""
         own, theirs = (_normalisation(run) for run in (self.classifier, self.denoiser))
         shown = (images * theirs[1] + theirs[0] - own[0]) / own[1]
-        model = self.classifier.model
-
-        @jax.jit
-        def call(params, buffers, part):
-            ctx = model.context(batch=len(part))
-            features, _ = model.features(params, buffers, part, ctx)
-            return features, model.logits(params, buffers, part, ctx)[0]
-
+        arrays = self.classifier.params, self.classifier.buffers
         found = []
         for start in range(0, len(shown), AT_ONCE):
             part = jnp.asarray(shown[start : start + AT_ONCE], jnp.float32)
-            arrays = self.classifier.params, self.classifier.buffers
-            found.append(jax.device_get(call(*arrays, part)))
+            found.append(jax.device_get(_looks(self.classifier.model, *arrays, part)))
         features, logits = (np.concatenate(x) for x in zip(*found, strict=True))
-        return features.astype(np.float32), logits.argmax(axis=-1)
+        return features, logits
+
+
+@partial(jax.jit, static_argnums=0)
+def _looks(model, params, buffers, part):
+    ctx = model.context(batch=len(part))
+    features, _ = model.features(params, buffers, part, ctx)
+    return features, model.logits(params, buffers, part, ctx)[0]
 
 
 def _normalisation(run: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -178,15 +189,34 @@ def judged(
         denoiser.draw(labels[start : start + AT_ONCE].tolist(), **_own(settings, start))
         for start in range(0, len(labels), AT_ONCE)
     ]
-    made, named = judge.look(np.concatenate(parts))
-    corpus = denoiser.feed.corpus
+    real, held_out = data_features(judge)
+    found = compared(judge, np.concatenate(parts), labels, real=real)
+    return {**found, "frechet_held_out": frechet_distance(held_out, real)}
+
+
+def data_features(judge: Judge) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all training and of all held-out images of the denoiser's data."""
+    corpus = judge.denoiser.feed.corpus
     real, held_out = (judge.look(_all(s))[0] for s in (corpus.train, corpus.eval))
+    return real, held_out
+
+
+def compared(
+    judge: Judge, images: np.ndarray, labels: np.ndarray, *, real: np.ndarray
+) -> dict[str, float]:
+    """ "samples", "named", "frechet", "precision" and "recall" of `judged`.
+
+    Args:
+        images: samples [N, H, W, Ch], normalised as the denoiser's data.
+        labels: their classes, int [N].
+        real: features [M, C] of the data.
+    """
+    made, named = judge.look(images)
     precision, recall = precision_recall(real, made)
     return {
         "samples": len(labels),
         "named": float(np.mean(named == labels)),
         "frechet": frechet_distance(made, real),
-        "frechet_held_out": frechet_distance(held_out, real),
         "precision": precision,
         "recall": recall,
     }

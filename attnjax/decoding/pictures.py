@@ -13,7 +13,7 @@ from attnjax.core.errors import UserError
 from attnjax.decoding import denoising, guidance
 from attnjax.tasks.denoising import perturbing
 from attnjax.tasks.denoising.sampling import default_sampler
-from attnjax.training.settings import DrawConfig
+from attnjax.training.settings import PERTURB_OPTIONS, DrawConfig
 
 # Images on a sheet are enlarged to at least this many pixels a side.
 SHOWN_SIDE = 32
@@ -59,20 +59,46 @@ def draw(
         UserError: for a sampler that is not of the process, guidance that the model
             was not trained for, or heads to perturb that it does not have.
     """
-    check_guidance(task.model, settings.guidance)
-    key = jax.random.key(settings.seed)
-    settings = dataclasses.replace(settings, seed=0)
-    numbers, perturbation = {}, None
+    shares = perturbation = None
     if settings.perturb_scale:
         perturbation, pairs = _chosen(
             task.model, settings.perturb, settings.perturb_heads
         )
         shares = perturbation.shares(pairs, settings.perturb_strength)
+    arrays = (params, buffers, labels)
+    how = {"settings": settings, "perturbation": perturbation, "shares": shares}
+    return draw_perturbed(task, *arrays, **how, mesh=mesh)
+
+
+def draw_perturbed(
+    task: Any,
+    params: dict,
+    buffers: dict,
+    labels: jax.Array,
+    *,
+    settings: DrawConfig,
+    perturbation: perturbing.Perturbation | None,
+    shares: np.ndarray | None,
+    mesh: Any = None,
+) -> jax.Array:
+    """`draw` with the heads to perturb as an array: one program for all of its values.
+
+    Args:
+        settings: perturb, perturb_strength and perturb_heads are passed over.
+        perturbation: the layers where weights are moved, and to what.
+        shares: float [layers, heads] as from `perturbation.shares`.
+    """
+    check_guidance(task.model, settings.guidance)
+    key = jax.random.key(settings.seed)
+    numbers = {}
+    if settings.perturb_scale:
         numbers = {"shares": shares, "weight": settings.perturb_scale}
-        # What the program does not depend on.
-        settings = dataclasses.replace(
-            settings, perturb_scale=1.0, perturb_strength=1.0, perturb_heads="all"
-        )
+        scale = 1.0
+    else:
+        perturbation, scale = None, 0.0
+    # What the program does not depend on.
+    plain = {name: getattr(DrawConfig, name) for name in PERTURB_OPTIONS[:-1]}
+    settings = dataclasses.replace(settings, seed=0, perturb_scale=scale, **plain)
     run = _program(task, settings, perturbation, mesh)
     return run(params, buffers, jnp.asarray(labels, jnp.int32), key, numbers)
 

@@ -94,22 +94,27 @@ class LoadedDenoiser(Loaded):
         return self.feed.make_task(self.model)
 
     def labels(self, names: Sequence[str | int]) -> np.ndarray:
-        """int32 labels of classes, by name or number."""
+        """int32 labels of classes, by name or number; "none" is no class, of a model
+        that was also trained without."""
         found = []
         for name in names:
             if isinstance(name, str) and name in self.class_names:
                 found.append(self.class_names.index(name))
             elif str(name).isdecimal() and int(name) < len(self.class_names):
                 found.append(int(name))
+            elif name == "none" and self.model.null_label is not None:
+                found.append(self.model.null_label)
             else:
-                raise unknown("labels", "class", str(name), self.class_names)
+                known = self.class_names
+                known += () if self.model.null_label is None else ("none",)
+                raise unknown("labels", "class", str(name), known)
         return np.asarray(found, np.int32)
 
     def draw(self, labels: Sequence[str | int], **settings: Any) -> np.ndarray:
         """float32 images [B, H, W, Ch], normalised as its training data.
 
         Args:
-            labels: B classes, by name or number.
+            labels: B classes, by name or number, or "none".
             settings: of `draw_settings`.
 
         Raises:
