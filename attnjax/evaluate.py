@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
@@ -83,6 +82,9 @@ def main(argv: list[str]) -> None:
     samples = _samples(flags)
     from attnjax.decoding.evaluate import evaluate_run
     from attnjax.decoding.run import load_run, require_denoiser
+    from attnjax.training import disk
+
+    out = None if flags.out is None else disk.ready_out(flags.out)
 
     run = load_run(
         flags.workdir,
@@ -93,7 +95,7 @@ def main(argv: list[str]) -> None:
     if flags.judge is not None:
         from attnjax.analysis.sample_quality import Judge, judged
 
-        judge = load_run(flags.judge)
+        judge = load_run(flags.judge, owner="--judge")
         # Before the time is spent.
         Judge(judge, require_denoiser(run))
         samples["steps"] = samples.pop("num_steps")
@@ -108,8 +110,9 @@ def main(argv: list[str]) -> None:
             if isinstance(value, float)
             else f"{name:16} {value}"
         )
-    if flags.out is not None:
-        Path(flags.out).write_text(json.dumps(metrics, indent=2) + "\n")
+    if out is not None:
+        with disk.disk_errors("--out"):
+            out.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def _samples(flags: Flags) -> dict:

@@ -15,6 +15,7 @@ TEXT = {
     "top_k": 0,
     "top_p": 1.0,
 }
+PICTURES = (".png", ".jpg", ".webp")
 IMAGES = {
     "labels": "all",
     "guidance": 1.0,
@@ -100,7 +101,14 @@ def main(argv: list[str]) -> None:
     from attnjax.decoding.run import read_config
     from attnjax.training import feeds
 
-    kind = feeds.feed_class(read_config(Path(flags.workdir))["model"])
+    model = read_config(Path(flags.workdir))["model"]
+    kind = feeds.feed_class(model)
+    if issubclass(kind, feeds.ImageFeed) and not issubclass(kind, feeds.DiffusionFeed):
+        raise UserError(
+            "attnjax.generate: needs a language model or a denoiser of images; got a "
+            f"run with config.model.name={model['name']}. Its numbers: python -m "
+            "attnjax.evaluate --workdir RUN"
+        )
     if issubclass(kind, feeds.DiffusionFeed):
         _images(flags, _given(flags, IMAGES, TEXT, "a denoiser of images"))
     else:
@@ -128,8 +136,10 @@ def _text(flags: Flags, options: dict) -> None:
         )
     from attnjax.decoding.run import load_run, read_config, require_text
     from attnjax.decoding.sampling import Sampler
+    from attnjax.training import disk
 
     require_text(read_config(Path(flags.workdir)), "attnjax.generate")
+    out = None if flags.out is None else disk.ready_out(flags.out)
     sampler = Sampler(options["temperature"], options["top_k"], options["top_p"])
     run = load_run(flags.workdir, step=flags.step)
     prompt = options["prompt"]
@@ -142,11 +152,12 @@ def _text(flags: Flags, options: dict) -> None:
     )
     blocks = [prompt + text for text in texts]
     text = blocks[0] if len(blocks) == 1 else _numbered(blocks)
-    if flags.out is None:
+    if out is None:
         print(text)
     else:
-        Path(flags.out).write_text(text + "\n")
-        print(f"wrote {flags.out}")
+        with disk.disk_errors("--out"):
+            out.write_text(text + "\n")
+        print(f"wrote {out}")
 
 
 def _numbered(blocks: list[str]) -> str:
@@ -158,17 +169,20 @@ def _images(flags: Flags, options: dict) -> None:
 
     from attnjax.decoding import pictures
     from attnjax.decoding.run import load_run
-    from attnjax.training.disk import disk_errors
+    from attnjax.training import disk
 
+    out = disk.ready_out(flags.out or "samples.png", kinds=PICTURES)
     run = load_run(flags.workdir, step=flags.step)
     names = options["labels"]
-    names = run.class_names if names == "all" else tuple(names.split(","))
+    if names == "all":
+        names = run.class_names
+    else:
+        names = tuple(name.strip() for name in names.split(","))
     settings = {name: options[name] for name in options if name != "labels"}
     settings["steps"] = settings.pop("num_steps")
     images = run.draw(names * flags.num, seed=flags.seed, **settings)
-    out = Path(flags.out or "samples.png")
     whole = pictures.sheet(run.pixels(images), columns=len(names))
-    with disk_errors("out"):
+    with disk.disk_errors("--out"):
         Image.fromarray(whole).save(out)
     print(f"wrote {out}: {flags.num} of each of {', '.join(names)}")
 

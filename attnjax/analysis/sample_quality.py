@@ -17,6 +17,9 @@ from attnjax.core.errors import UserError
 from attnjax.decoding.run import LoadedClassifier, LoadedDenoiser
 
 AT_ONCE = 250
+# Rows of distances that are in memory, and images that are taken of endless data.
+ROWS = 1_000
+OF_ENDLESS = 5_000
 
 
 def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -70,8 +73,14 @@ def precision_recall(
 
 def _share_among(points: np.ndarray, others: np.ndarray, neighbours: int) -> float:
     """The share of the others that are among the points."""
-    near = _distances(others, points) <= _radii(points, neighbours)
-    return float(np.mean(np.any(near, axis=1)))
+    radii = _radii(points, neighbours)
+    near = [np.any(_distances(b, points) <= radii, axis=1) for b in _blocks(others)]
+    return float(np.mean(np.concatenate(near)))
+
+
+def _blocks(points: np.ndarray) -> list[np.ndarray]:
+    """The rows, a few at a time: all distances at once would not fit."""
+    return [points[i : i + ROWS] for i in range(0, len(points), ROWS)]
 
 
 def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -82,7 +91,12 @@ def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _radii(points: np.ndarray, neighbours: int) -> np.ndarray:
     """[N] squared distance to the k-th nearest other point."""
-    return np.partition(_distances(points, points), neighbours, axis=1)[:, neighbours]
+    return np.concatenate(
+        [
+            np.partition(_distances(b, points), neighbours, axis=1)[:, neighbours]
+            for b in _blocks(points)
+        ]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +121,13 @@ class Judge:
                 "--judge: must be a run of a classifier of images (config.model.name="
                 f"vit); got {self.classifier.path}, config.model.name="
                 f"{self.classifier.config['model']['name']}."
+            )
+        data, size = self.denoiser.feed.data, self.denoiser.model.image_size
+        if data.image_size != size:
+            raise UserError(
+                "--judge: compares samples with images of their size; got "
+                f"config.data.image_size={data.image_size}, the samples have {size}. "
+                "Leave it out."
             )
         for name in ("image_size", "channels"):
             own, wanted = (
@@ -228,8 +249,16 @@ def _own(settings: dict, start: int) -> dict:
 
 
 def _all(split: Any) -> np.ndarray:
-    """The readable images of a split, in stored order and normalised."""
+    """The readable images of a split, in stored order and normalised; of endless data
+    the first `OF_ENDLESS`."""
     from attnjax.data import images
 
-    batches = images.eval_batches(split, batch_size=AT_ONCE)
+    if split.num_images is None:
+        plain = images.Augment()
+        batches = [
+            images.batch(split, seed=0, step=i, batch_size=AT_ONCE, augment=plain)
+            for i in range(OF_ENDLESS // AT_ONCE)
+        ]
+    else:
+        batches = images.eval_batches(split, batch_size=AT_ONCE)
     return np.concatenate([batch["image"][batch["weight"] > 0] for batch in batches])

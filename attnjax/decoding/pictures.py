@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnjax.core.errors import UserError
 from attnjax.decoding import denoising, guidance
 from attnjax.tasks.denoising import perturbing
-from attnjax.tasks.denoising.sampling import default_sampler
+from attnjax.tasks.denoising.sampling import Settings, default_sampler
 from attnjax.training.settings import PERTURB_OPTIONS, DrawConfig
 
 # Images on a sheet are enlarged to at least this many pixels a side.
@@ -30,11 +30,14 @@ def check_guidance(model: Any, scale: float) -> None:
         )
 
 
-def check(model: Any, settings: DrawConfig) -> None:
-    """Raise UserError for guidance that a model has not the parts for."""
-    check_guidance(model, settings.guidance)
+def check(task: Any, settings: DrawConfig) -> None:
+    """Raise UserError for a sampler that a process does not have, or guidance that its
+    model has not the parts for."""
+    sampler = settings.sampler or default_sampler(task.process)
+    Settings(sampler=sampler, num_steps=settings.steps).check(task.process)
+    check_guidance(task.model, settings.guidance)
     if settings.perturb_scale:
-        _chosen(model, settings.perturb, settings.perturb_heads)
+        _chosen(task.model, settings.perturb, settings.perturb_heads)
 
 
 def draw(

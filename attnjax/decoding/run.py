@@ -147,7 +147,7 @@ class LoadedDenoiser(Loaded):
             chosen = DrawConfig(**settings)
         except ValueError as error:
             raise UserError(f"draw: {error}") from error
-        pictures.check(self.model, chosen)
+        pictures.check(self.task, chosen)
         return chosen
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
@@ -252,19 +252,19 @@ def require_denoiser(run: Loaded) -> LoadedDenoiser:
     return run
 
 
-def read_config(path: Path) -> dict:
-    """The resolved config of a run directory."""
+def read_config(path: Path, *, owner: str = "--workdir") -> dict:
+    """The resolved config of a run directory; `owner` named it, for messages."""
     file = path / "config.json"
     if not file.is_file():
         raise UserError(
-            f"--workdir: {str(path)!r} is not a run directory (it has no config.json). "
+            f"{owner}: {str(path)!r} is not a run directory (it has no config.json). "
             "Make one with: python -m attnjax.train --config FILE --workdir "
             f"{path}"
         )
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"--workdir: cannot read {file}: {error}.") from error
+        raise UserError(f"{owner}: cannot read {file}: {error}.") from error
 
 
 def load_run(
@@ -273,6 +273,7 @@ def load_run(
     step: int | None = None,
     overrides: Sequence[tuple[str, Any]] = (),
     keep_layers: Sequence[int] | None = None,
+    owner: str = "--workdir",
 ) -> LoadedRun | LoadedClassifier | LoadedDenoiser:
     """Open a run on this machine, whatever machine trained it.
 
@@ -283,19 +284,20 @@ def load_run(
             line. They may change how the model is run, not what parameters it has.
         keep_layers: the layers (from 0) that stay, the others are left out; None
             keeps all.
+        owner: what named the directory, for messages.
 
     Raises:
         UserError: when it is no run directory, no intact checkpoint is in it, or the
             changes ask for other parameters.
     """
     path = Path(workdir)
-    config = read_config(path)
+    config = read_config(path, owner=owner)
     reader = CheckpointReader(path / "checkpoints")
     if step is None:
         found = reader.latest()
         if found is None:
             raise UserError(
-                f"--workdir: {path} has no checkpoint yet. Train it first with: python "
+                f"{owner}: {path} has no checkpoint yet. Train it first with: python "
                 f"-m attnjax.train --workdir {path}"
             )
         step = found.step

@@ -44,6 +44,28 @@ def _misplaced(error: OSError) -> UserError | None:
     return None
 
 
+def ready_out(path: str | os.PathLike, *, kinds: tuple[str, ...] = ()) -> Path:
+    """The file of --out, before the work for it begins; its folder is made.
+
+    Args:
+        kinds: the endings that it may have (none: any).
+
+    Raises:
+        UserError: for another ending, a folder, or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--out: must be a file; got the folder {str(path)!r}.")
+    if kinds and path.suffix.lower() not in kinds:
+        raise UserError(
+            f"--out: must end in {' or '.join(kinds)}; got {str(path)!r}. Name it "
+            f"{str(path.with_suffix(kinds[0]))!r}."
+        )
+    with disk_errors("--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replace the file at `path`; a reader sees the old content or the new one.
 

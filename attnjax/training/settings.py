@@ -119,6 +119,11 @@ class DrawConfig:
             raise ValueError(f"guidance must not be negative; got {self.guidance}.")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be in [0, 1]; got {self.rescale}.")
+        if self.rescale and self.guidance == 1 and not self.perturb_scale:
+            raise ValueError(
+                "rescale does nothing without guidance; got "
+                f"rescale={self.rescale:g}, guidance=1. Set guidance, e.g. to 2."
+            )
         self._check_perturbation()
 
     def _check_perturbation(self):

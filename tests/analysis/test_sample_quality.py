@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
+from attnjax.analysis import sample_quality
 from attnjax.analysis.sample_quality import frechet_distance, precision_recall
+from attnjax.data import images
 
 
 def spread(means, stds, seed, count=4):
@@ -91,3 +93,19 @@ def test_precision_and_recall_are_those_of_loops_over_points(neighbours):
     assert found == pytest.approx(wanted)
     low, high = sorted(wanted)
     assert 0 < low < high < 1
+
+
+def test_distances_are_taken_a_few_rows_at_a_time(monkeypatch):
+    rng = np.random.default_rng(4)
+    real, made = rng.normal(size=(23, 3)), 1.5 * rng.normal(size=(17, 3))
+    wanted = precision_recall(real, made)
+    monkeypatch.setattr(sample_quality, "ROWS", 5)
+    assert precision_recall(real, made) == wanted
+
+
+def test_endless_data_are_taken_so_many():
+    config = images.config_class("glyphs")(name="glyphs", chars="ab", image_size=8)
+    corpus = images.open_corpus(config)
+    assert corpus.train.num_images is None
+    taken = sample_quality._all(corpus.train)
+    assert taken.shape == (sample_quality.OF_ENDLESS, 8, 8, 1)

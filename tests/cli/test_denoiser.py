@@ -122,6 +122,12 @@ def test_generate_draws_the_classes_that_are_asked_for(run, run_door, told, tmp_
     assert code == 0, err
     assert f"wrote {out}: 2 of each of 7, 1, 3" in said
     assert Image.open(out).size == (3 * 34 - 2, 2 * 34 - 2)
+    other = ["--workdir", run, "--labels", "1"]
+    assert "must end in .png or" in told(generate.main, *other, "--out", "x.xyz")
+    assert "got the folder" in told(generate.main, *other, "--out", tmp_path)
+    assert "rescale does nothing without guidance" in told(
+        generate.main, *words, "--rescale", "0.5"
+    )
     assert "unknown class 'x'" in told(generate.main, *words, "--labels", "x")
     assert "--prompt: does nothing for a denoiser" in told(
         generate.main, *words, "--prompt", "a"
@@ -181,6 +187,17 @@ def test_a_classifier_judges_samples(run, judge, run_door, told, tmp_path):
     )
     assert "looks at the samples of a denoiser" in told(
         evaluate.main, "--workdir", judge, "--judge", judge
+    )
+    asked = ["--workdir", run, "--judge", judge]
+    assert "kind gaussian" in told(evaluate.main, *asked, "--sampler", "heun")
+    size = "--config.data.image_size=16"
+    assert "the samples have 8" in told(evaluate.main, *asked, size)
+    assert "--judge: '/nowhere' is not a run" in told(
+        evaluate.main, "--workdir", run, "--judge", "/nowhere"
+    )
+    target = "--config.task.noise.target=x0"
+    assert "must be what the run learned" in told(
+        evaluate.main, "--workdir", run, target, lines=None
     )
     assert "--guidance: belongs to the samples" in told(
         evaluate.main, "--workdir", run, "--guidance", "2"

@@ -2,17 +2,18 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from attnjax.core import schema
+from attnjax.core import mappings, schema
 from attnjax.core.errors import UserError
 from attnjax.models import dit
 from attnjax.tasks import denoising, diffusion
 from attnjax.tasks.denoising import perturbing, sampling
-from attnjax.training import sharding
+from attnjax.training import disk, sharding
 from attnjax.training.feeds.base import Batch, Reference
 from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
 from attnjax.training.settings import DrawConfig
@@ -52,9 +53,11 @@ class DiffusionFeed(ImageFeed):
                 "config.data.augment.mixup: mixed images are no samples of the data; "
                 f"got mixup={mixup}, config.model.name=dit. Set it to 0."
             )
-        draw = schema.build(DrawConfig, config["eval"]["draw"])
         task = schema.build(diffusion.Config, config["task"], path="config.task")
         process = denoising.make(task.noise)
+        draw = schema.build(DrawConfig, config["eval"]["draw"], path="config.eval.draw")
+        if not draw.per_class:
+            return
         sampler = draw.sampler or sampling.default_sampler(process)
         sampling.Settings(sampler=sampler, num_steps=draw.steps).check(process)
         if draw.guidance != 1.0 and not config["model"]["label_dropout"]:
@@ -95,7 +98,7 @@ class DiffusionFeed(ImageFeed):
         if mesh is not None and mesh.size > 1:
             rows = sharding.batch_sharding(mesh, leading=0)
         draw = schema.build(DrawConfig, self.config["eval"]["draw"])
-        if draw.perturb_scale:
+        if draw.per_class and draw.perturb_scale:
             perturbing.choose(model, target=draw.perturb, heads=draw.perturb_heads)
         return diffusion.Diffusion(self.task_config, model, rows=rows)
 
@@ -122,6 +125,21 @@ class DiffusionFeed(ImageFeed):
             yield batch | {"index": own + np.int32(number * batch_size)}
 
     # ---- what a run keeps and says of it
+
+    def check_run(self, path: Path) -> None:
+        """See `Feed`: the classes, and what was learned, must be the same."""
+        super().check_run(path)
+        cure = "Restore the file from a copy."
+        trained = disk.read_json(path / "config.json", owner="--workdir", cure=cure)
+        old, new = (
+            {"task": {"noise": c["task"]["noise"]}} for c in (trained, self.config)
+        )
+        changed = mappings.diff(old, new)
+        if changed:
+            raise UserError(
+                "evaluate: config.task.noise must be what the run learned; got (- "
+                "learned, + asked for):\n" + "\n".join(changed)
+            )
 
     @property
     def draws(self) -> bool:
