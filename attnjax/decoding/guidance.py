@@ -80,6 +80,11 @@ def guided(
         _check_push(push, level)
         push = None if _is(push.weight, 0) else push
     is_plain = _is(scale, 1)
+    if null_label is None and not is_plain:
+        raise UserError(
+            "guidance: scale needs a null_label, with which the network was also "
+            f"trained; got scale={scale}, null_label=None. Use scale=1."
+        )
     if is_plain and push is None:
         return lambda x, times: denoise(x, times, labels)
 

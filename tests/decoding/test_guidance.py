@@ -35,7 +35,8 @@ def halves():
 
 def run(scale, **options):
     network = Network()
-    fn = guided(network, scale=scale, labels=LABELS, null_label=NULL, **options)
+    options = {"null_label": NULL} | options
+    fn = guided(network, scale=scale, labels=LABELS, **options)
     return fn(X, TIMES), network
 
 
@@ -190,6 +191,7 @@ def test_perturbed_guidance_pushes_away_from_the_perturbed_pass():
         ({"channels": 0}, "channels must be in 1..4"),
         ({"interval": (0.6, 0.2)}, "interval must be two rising noise levels"),
         ({"interval": (0.2, 0.6)}, "an interval needs level.*level=None"),
+        ({"null_label": None}, "scale needs a null_label.*got scale=2.0"),
         ({"push": Push(Network(), -1.0)}, "weight of a push must not be negative; got"),
         ({"push": Push(Network(), 1.0, (0.5, 1.5))}, "two rising noise levels"),
         ({"push": Push(Network(), 1.0, (0.2, 0.6))}, "an interval needs level"),
