@@ -105,8 +105,8 @@ class LoadedDenoiser(Loaded):
             elif name == "none" and self.model.null_label is not None:
                 found.append(self.model.null_label)
             else:
-                known = self.class_names
-                known += () if self.model.null_label is None else ("none",)
+                more = () if self.model.null_label is None else ("none",)
+                known = (*self.class_names, *more)
                 raise unknown("labels", "class", str(name), known)
         return np.asarray(found, np.int32)
 
