@@ -44,7 +44,7 @@ class Flags:
         top_p: text: keep the smallest set of tokens with this probability; 1 keeps
             all (none: 1).
         labels: images: names or numbers of classes, separated by commas, a column
-            each; the name "none" is no class (none: all of them).
+            each, or no_class (none: all of them).
         guidance: images: scale of classifier-free guidance (none: 1, without).
         rescale: images: share of a guided prediction, 0 to 1, that is brought back to
             the spread of the unguided one (none: 0).

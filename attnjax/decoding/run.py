@@ -25,6 +25,9 @@ from attnjax.training.feeds.images import load_classes
 from attnjax.training.feeds.text import TOKENIZER
 from attnjax.training.settings import DrawConfig
 
+# The name of the label that says nothing ("none" is a word of command lines).
+NO_CLASS = "no_class"
+
 
 @dataclasses.dataclass
 class Loaded:
@@ -94,18 +97,18 @@ class LoadedDenoiser(Loaded):
         return self.feed.make_task(self.model)
 
     def labels(self, names: Sequence[str | int]) -> np.ndarray:
-        """int32 labels of classes, by name or number; "none" is no class, of a model
-        that was also trained without."""
+        """int32 labels of classes, by name or number; "no_class" of a model that
+        was also trained without them."""
         found = []
         for name in names:
             if isinstance(name, str) and name in self.class_names:
                 found.append(self.class_names.index(name))
             elif str(name).isdecimal() and int(name) < len(self.class_names):
                 found.append(int(name))
-            elif name == "none" and self.model.null_label is not None:
+            elif name == NO_CLASS and self.model.null_label is not None:
                 found.append(self.model.null_label)
             else:
-                more = () if self.model.null_label is None else ("none",)
+                more = () if self.model.null_label is None else (NO_CLASS,)
                 known = (*self.class_names, *more)
                 raise unknown("labels", "class", str(name), known)
         return np.asarray(found, np.int32)
@@ -114,7 +117,7 @@ class LoadedDenoiser(Loaded):
         """float32 images [B, H, W, Ch], normalised as its training data.
 
         Args:
-            labels: B classes, by name or number, or "none".
+            labels: B classes, by name or number, or "no_class".
             settings: of `draw_settings`.
 
         Raises:

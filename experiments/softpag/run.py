@@ -60,7 +60,7 @@ def options() -> argparse.Namespace:
 def asked(judge: Judge, count: int, args) -> np.ndarray:
     """Labels [count]: every class as often, or no class."""
     if args.classes == "none":
-        return judge.denoiser.labels(["none"] * count)
+        return judge.denoiser.labels(["no_class"] * count)
     return np.arange(count) % len(judge.denoiser.class_names)
 
 
@@ -116,7 +116,7 @@ def grid(judge: Judge, found: tuple, args) -> list[str]:
     """The lines of the table of strengths, a row a setting."""
     run = judge.denoiser
     labels = asked(judge, args.samples, args)
-    names = ["none"] * len(labels) if args.classes == "none" else labels.tolist()
+    names = ["no_class"] * len(labels) if args.classes == "none" else labels.tolist()
     real, held_out = data_features(judge)
     lines = [
         "| guidance | CFG | w | u | " + " | ".join(COLUMNS) + " |",
@@ -144,7 +144,7 @@ def strengths(run, found: tuple, args) -> np.ndarray:
     are asked for), of the found heads."""
     labels = np.arange(len(run.class_names)).tolist()
     if args.classes == "none":
-        labels = ["none"] * len(labels)
+        labels = ["no_class"] * len(labels)
     made = []
     for strength in SHOWN:
         more = {

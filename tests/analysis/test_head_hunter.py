@@ -119,6 +119,8 @@ def test_a_trial_scores_every_set_with_one_program(denoiser):
 
 
 def test_no_class_can_be_asked_for(denoiser):
-    assert denoiser.labels(["b", "none", 0]).tolist() == [1, 3, 0]
-    with pytest.raises(UserError, match="unknown class 'nine'. Did you mean none"):
-        denoiser.labels(["nine"])
+    assert denoiser.labels(["b", "no_class", 0]).tolist() == [1, 3, 0]
+    with pytest.raises(
+        UserError, match="unknown class 'no-class'. Did you mean no_class"
+    ):
+        denoiser.labels(["no-class"])
