@@ -29,7 +29,7 @@ def get_config():
             "stem": "conv",
             "cpe": True,
             "drop_path": 0.2,
-            "dropout": 0.1,
+            "remat": "none",
         },
         "data": {"name": "digits"},
         "train": {
