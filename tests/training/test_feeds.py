@@ -218,3 +218,13 @@ def test_settings_of_a_denoiser_that_do_not_fit_are_refused(given, message):
     model = {**VIT, "name": "dit", **given.get("model", {})}
     with pytest.raises(UserError, match=message):
         experiment.resolve({**given, "model": model})
+
+
+def test_a_search_counts_the_tokens_of_a_mean_layer_of_a_pyramid():
+    """64 places of width 8, and 16 of width 16, which are 32 of width 8."""
+    model = {"name": "pyramid", "depths": [1, 1], "embed_dim": 8, "patch_size": 1}
+    config = experiment.resolve({"model": model, "data": {"name": "digits"}})
+    feed = feeds.make(config)
+    made = feed.make_model(config, feed.planned_sizes(), platform="cpu", target=None)
+    assert feed.search_facts(made)["seq_len"] == (64 + 32) // 2
+    assert feed.fit_cures(made) == []
