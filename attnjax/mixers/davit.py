@@ -210,25 +210,8 @@ class Mixer(windowed.Parts):
             a[...].astype(dtype) for a in (self.conv_kernel, self.conv_bias)
         )
         extra, x = ctx.extra_tokens, x.astype(dtype)
-        moved = depthwise(x[:, extra:], kernel, ctx.grid) + bias
+        moved = nn.depthwise(x[:, extra:], kernel, ctx.grid) + bias
         return x + jnp.pad(moved, ((0, 0), (extra, 0), (0, 0)))
-
-
-def depthwise(x: jax.Array, kernel: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    """Each channel [B, prod(grid)] of x [B, T, C] with its kernel of 3 places along
-    each axis, [3^rank, C] in row-major order; zeros outside of the grid."""
-    rank, dim = len(grid), x.shape[-1]
-    letters = "XYZ"[:rank]
-    image = x.reshape(len(x), *grid, dim)
-    found = jax.lax.conv_general_dilated(
-        image,
-        kernel.reshape(*(3,) * rank, 1, dim),
-        window_strides=(1,) * rank,
-        padding="SAME",
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        feature_group_count=dim,
-    )
-    return found.reshape(x.shape)
 
 
 def layer_config(config: Config) -> attention.Config:
@@ -314,8 +297,8 @@ SPEC = MixerSpec(
         "No causal form: the channels' part sees all tokens at once.",
         "With mask_padding=false hooks of the windows' part read and change the "
         "tokens that fill up the grid too.",
-        "The paper's backbone (overlapping patch embeddings, four stages) is not built "
-        "in: a layer keeps the grid as it is.",
+        "A layer keeps the grid as it is; the paper's stages and convolutional "
+        "positions are those of config.model.name=pyramid (docs/pyramid.md).",
     ),
     deviations=(
         "The paper has a norm and an MLP of its own for each part. Here that is a "

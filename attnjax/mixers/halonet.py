@@ -313,7 +313,8 @@ SPEC = MixerSpec(
         "With border=zero what a query sees are not tokens alone: there are no hooks "
         "on scores and weights.",
         "Downsampling by attention (queries at every s-th place) is left out, as are "
-        "the paper's bottleneck blocks and stages: a layer keeps the grid as it is.",
+        "the paper's bottleneck blocks: a layer keeps the grid as it is; stages are "
+        "those of config.model.name=pyramid (docs/pyramid.md).",
     ),
     deviations=(
         "What is off the grid is left out by default; border=zero has the paper's "

@@ -7,7 +7,7 @@ from attnjax.nn.conditioning import (
     shifted,
     time_features,
 )
-from attnjax.nn.convolution import Convolution, DepthwiseConvolution
+from attnjax.nn.convolution import Convolution, DepthwiseConvolution, depthwise
 from attnjax.nn.dropout import drop_path, dropout
 from attnjax.nn.embedding import Embedding
 from attnjax.nn.grid_positions import (
@@ -52,6 +52,7 @@ __all__ = [
     "batch_norm",
     "batch_statistics",
     "buffer",
+    "depthwise",
     "drop_path",
     "dropout",
     "make_norm",

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
@@ -68,6 +69,24 @@ class Convolution(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
+def depthwise(
+    x: jax.Array, kernel: jax.Array, grid: tuple[int, ...], *, size: int = 3
+) -> jax.Array:
+    """Each channel [B, prod(grid)] of x [B, T, C] with its own kernel of `size` places
+    (odd) along each axis, [size^rank, C] in row-major order; zeros outside of the grid.
+    """
+    rank, half = len(grid), size // 2
+    image = x.reshape(len(x), *grid, x.shape[-1])
+    image = jnp.pad(image, ((0, 0), *((half, half),) * rank, (0, 0)))
+    # A sum of moved images: inside of a scan XLA's CPU code takes some 40 times as long
+    # for the gradients of a convolution with groups.
+    total = 0.0
+    for weight, move in zip(kernel, np.ndindex((size,) * rank), strict=True):
+        here = tuple(slice(i, i + n) for i, n in zip(move, grid, strict=True))
+        total = total + image[(slice(None), *here)] * weight
+    return total.reshape(x.shape)
+
+
 class DepthwiseConvolution(nnx.Module):
     """Every channel with its own kernel, on tokens that lie on a grid of two axes.
 
@@ -106,18 +125,8 @@ class DepthwiseConvolution(nnx.Module):
 
         Tokens before the grid, which have no place on it, give zeros.
         """
-        dim, half = x.shape[-1], self.size // 2
-        image = x[:, extra_tokens:].astype(self.dtype).reshape(len(x), *grid, dim)
-        image = jnp.pad(image, ((0, 0), (half, half), (half, half), (0, 0)))
         kernel = self.conv_kernel[...].astype(self.dtype)
-        # A sum of moved images: inside of a scan XLA's CPU code takes some 40 times
-        # as long for the gradients of a convolution with groups.
-        rows, columns = grid
-        y = sum(
-            image[:, i : i + rows, j : j + columns] * kernel[i * self.size + j]
-            for i in range(self.size)
-            for j in range(self.size)
-        )
+        places = x[:, extra_tokens:].astype(self.dtype)
+        y = depthwise(places, kernel, grid, size=self.size)
         y = y if self.conv_bias is None else y + self.conv_bias[...].astype(self.dtype)
-        y = y.reshape(len(x), -1, dim)
         return jnp.pad(y, ((0, 0), (extra_tokens, 0), (0, 0)))

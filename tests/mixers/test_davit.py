@@ -18,6 +18,7 @@ from grid_layers import (
     wide,
 )
 
+from attnjax import nn
 from attnjax.conformance.subject import jitted
 from attnjax.core.context import Hook
 from attnjax.core.errors import UserError
@@ -204,7 +205,7 @@ def test_the_convolution_is_a_sum_over_neighbours(grid):
         near = tuple(slice(s, s + n) for s, n in zip(step, grid, strict=True))
         expected += padded[near] * kernel[step]
     flat = jnp.asarray(x.reshape(1, -1, 2)), jnp.asarray(kernel.reshape(-1, 2))
-    close(davit.depthwise(*flat, grid), expected.reshape(1, -1, 2))
+    close(nn.depthwise(*flat, grid), expected.reshape(1, -1, 2))
 
 
 def test_parts_read_what_the_convolution_adds_and_extra_tokens_pass_by():
@@ -212,7 +213,7 @@ def test_parts_read_what_the_convolution_adds_and_extra_tokens_pass_by():
     x, ctx = tokens(s, extra=2)
     params = dict(s.arrays[0])
     kernel, bias = params.pop("conv_kernel"), params.pop("conv_bias")
-    added = davit.depthwise(jnp.asarray(x[:, 2:]), kernel, (3, 4)) + bias
+    added = nn.depthwise(jnp.asarray(x[:, 2:]), kernel, (3, 4)) + bias
     within = np.concatenate([x[:, :2], x[:, 2:] + added], axis=1)
     close(s.y(x, ctx), alone.forward((params, {}), within, ctx)[0])
 

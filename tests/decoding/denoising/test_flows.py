@@ -9,8 +9,8 @@ import pytest
 
 from attnjax.decoding.denoising import sample
 from attnjax.decoding.denoising.flows import DIFFUSION
-from attnjax.tasks.denoising.sampling import DIFFUSIONS
 from attnjax.tasks.denoising import Flow
+from attnjax.tasks.denoising.sampling import DIFFUSIONS
 
 STD = 0.6
 ROWS = 20_000
