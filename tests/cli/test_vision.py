@@ -62,11 +62,10 @@ def sweep():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation(tmp_path_factory):
-    """Programs are compiled in a hurry, and once where they are the same."""
+def shared_programs(tmp_path_factory):
+    """Programs are compiled once where they are the same."""
     folder = str(tmp_path_factory.mktemp("programs"))
     settings = [
-        ("jax_disable_most_optimizations", True, False),
         ("jax_enable_compilation_cache", True, False),
         ("jax_compilation_cache_dir", folder, None),
         ("jax_persistent_cache_min_compile_time_secs", 0.0, 1.0),

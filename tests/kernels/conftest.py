@@ -1,20 +1,16 @@
-"""Compilation is most of these tests' time, so it is told to hurry."""
+"""What tests of the kernels ask of the compiler."""
 
 import jax
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(request):
-    hurried = "optimised" not in request.fixturenames
-    jax.config.update("jax_disable_most_optimizations", hurried)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def optimised():
     """For a test about what the compiler makes of the code."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

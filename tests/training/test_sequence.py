@@ -30,14 +30,6 @@ CLIP = {"type": "attention_sink_survey", "weight_map": "clipped"}
 SMALL = {"num_layers": 2, "embed_dim": 12, "num_heads": 4, "head_dim": 4, "mlp_dim": 8}
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compilation is most of the time, so it is told to hurry."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def model_of(dtype="float32", **changes):
     given = {**SMALL, "dtype": dtype, "param_dtype": dtype, **changes}
     return lm.LM(schema.build(lm.Config, lm.resolve(given)), VOCAB)
