@@ -1,7 +1,7 @@
 """The cost of attention to 7 x 7 neighbourhoods as a plane grows, against full.
 
 Command: python experiments/neighborhood_cost/run.py --out experiments/neighborhood_cost
-Five minutes on two quiet cores. Writes table.md and cost.png.
+A minute or two on two quiet cores. Writes table.md and cost.png.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from attnjax.benchmarks import machine, timing
 from attnjax.kernels.choose_blocks import plan_blocks
 from attnjax.kernels.request import make_request
 
-SIDES = (8, 12, 16, 24, 32, 48, 64)
+SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 WINDOW, HEADS, HEAD_DIM = 7, 4, 32
 TILE = (8, 8)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
