@@ -1,8 +1,9 @@
 """A Diffusion Transformer that draws scikit-learn's handwritten digits.
 
 Command: python -m attnjax.train --config configs/dit_quickstart.py --workdir runs/dit
-Expected: a held-out loss of 0.347 (seed 0), and digits of which a classifier names
-97.6 % right without guidance and 99.9 % with guidance 2 (docs/dit.md).
+Expected: after 2 min 7 s on two cores a held-out loss of 0.347 (seed 0), and digits of
+which a classifier names 97.6 % right without guidance and 99.9 % with guidance 2
+(docs/dit.md).
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,7 @@
 Grids of 8 x 8 and 4 x 4 places; windows and channels take turns (DaViT).
 
 Command: python -m attnjax.train --config configs/pyramid_quickstart.py --workdir runs/p
-Expected: 97 % of the held-out digits named (97.2 % with seed 0), after about two
-minutes of processor time on a CPU.
+Expected: 97.2 % of the held-out digits named (seed 0), after 48 seconds on two cores.
 """
 
 from ml_collections import ConfigDict
