@@ -25,7 +25,9 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 LOGICAL_AXES = (
     (r"token_embedding/table$", ("vocab", "embed")),
     (r"(position_embedding|prefix_tokens)/table$", (None, "embed")),
-    (r"(class_token|registers)/table$", (None, "embed")),
+    (r"(class_token|registers|classes)/table$", (None, "embed")),
+    (r"time/hidden/kernel$", (None, "embed")),
+    (r"(time/out|modulation/linear)/kernel$", ("embed", None)),
     (r"(patches|(stem|downsampling)/\w+)/kernel$", (None, "embed")),
     (r"pool/query$", (None, "embed")),
     (r"(pool/value|head_hidden)/kernel$", ("embed", None)),
@@ -42,7 +44,7 @@ LOGICAL_AXES = (
 ENDS = (
     *("token_embedding", "position_embedding", "head"),
     *("patches", "class_token", "registers", "pool", "head_hidden"),
-    *("stem", "downsampling"),
+    *("stem", "downsampling", "time", "classes", "final_modulation"),
 )
 
 RULES = {

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from attnjax import nn
 from attnjax.core import discovery, schema
 from attnjax.core.errors import UserError
 from attnjax.models import dit
+from attnjax.models.layout import path_of
+from attnjax.training import sharding
 
 B, SIDE, CHANNELS, CLASSES = 2, 6, 2, 5
 SMALL = dict(embed_dim=16, num_heads=2, num_layers=2, patch_size=2, mlp_dim=24)
@@ -310,3 +313,53 @@ def test_images_of_another_size_are_refused():
     ctx = model.context(batch=B)
     with pytest.raises(UserError, match="positions_grid=3"):
         model.predict(params, buffers, images, times, labels, ctx)
+
+
+# ---- on several devices
+
+
+def test_every_large_array_has_logical_axes():
+    """Of all arrays only vectors stay whole."""
+    params, _ = jax.eval_shape(make().init, 0)
+    found = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = path_of(key_path)
+        axes = sharding.logical_axes(path, leaf.ndim)
+        found["/".join(path)] = [axis for axis in axes if axis != "layers"]
+    assert found["final_modulation/linear/kernel"] == ["embed", None]
+    assert found["classes/table"] == [None, "embed"]
+    whole = {path for path, axes in found.items() if len(axes) > 1 and not any(axes)}
+    assert not whole
+
+
+def test_a_mesh_changes_no_result():
+    """Rows over data and fsdp, parameters over fsdp and tensor."""
+    with jax.enable_x64(True):
+        model = make(dtype="float64", param_dtype="float64", num_layers=1)
+        params, buffers = start(model)
+        params = jax.tree.map(np.float64, params)
+        rng = np.random.default_rng(2)
+        images = rng.normal(size=(8, SIDE, SIDE, CHANNELS))
+        times, labels = rng.uniform(0, 999, size=8), np.arange(8) % CLASSES
+        mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=2, tensor=2))
+        rows = sharding.batch_sharding(mesh, leading=0)
+        places = sharding.shardings(params, mesh, sharding.resolve_rules({}))
+        layer = places["layers"]["group_0"]["sub_0"]
+        assert layer["modulation"]["linear"]["kernel"].spec == P(None, "fsdp", None)
+        for name in ("time", "classes", "final_modulation", "patches", "head"):
+            specs = [place.spec for place in jax.tree.leaves(places[name])]
+            assert any("fsdp" in spec for spec in specs), name
+
+        def loss(rows):
+            def call(params, *batch):
+                ctx = model.context(batch=8, rows=rows)
+                found, _ = model.predict(params, buffers, *batch, ctx)
+                return jnp.square(found).mean()
+
+            return jax.jit(jax.value_and_grad(call))
+
+        batch = (images, times, labels)
+        wanted = loss(None)(params, *batch)
+        out = loss(rows)(jax.device_put(params, places), *jax.device_put(batch, rows))
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-10 * max(1.0, np.abs(b).max()))
