@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.errors import UserError
+from attnjax.tasks.mixer_reports import with_reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,7 @@ class Classification:
         metrics = {"loss": jnp.sum(weights * nats) / normaliser}
         total = metrics["loss"]
         share = self.weight(batch) / normaliser
-        for name, value in out.losses.items():
-            metrics[name] = value * share
-            total = total + metrics[name]
-        metrics |= {name: value * share for name, value in out.metrics.items()}
+        total, metrics = with_reports(total, metrics, out, share)
         return total, (metrics, out.buffers)
 
     def _cross_entropy(self, logits: jax.Array, batch: dict) -> jax.Array:

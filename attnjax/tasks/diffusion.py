@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from attnjax.core.errors import UserError
 from attnjax.tasks import denoising
+from attnjax.tasks.mixer_reports import with_reports
 
 # Of the times and the noise of held-out images: the same at every evaluation.
 EVAL_SEED = 20_231
@@ -126,10 +127,7 @@ class Diffusion:
         }
         total = metrics["loss"]
         share = self.weight(batch) / normaliser
-        for name, value in out.losses.items():
-            metrics[name] = value * share
-            total = total + metrics[name]
-        metrics |= {name: value * share for name, value in out.metrics.items()}
+        total, metrics = with_reports(total, metrics, out, share)
         return total, (metrics, out.buffers)
 
     def evaluate(self, params: dict, buffers: dict, batch: dict) -> dict:

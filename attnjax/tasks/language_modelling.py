@@ -13,6 +13,7 @@ from attnjax import kernels, nn
 from attnjax.core.context import Context
 from attnjax.core.errors import UserError
 from attnjax.tasks import sink_metrics
+from attnjax.tasks.mixer_reports import with_reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +127,7 @@ class LanguageModelling:
             metrics["z_loss"] = z / normaliser
             total = total + self.config.z_loss * metrics["z_loss"]
         share = self.weight(batch) / normaliser
-        for name, value in out.losses.items():
-            metrics[name] = value * share
-            total = total + metrics[name]
-        metrics |= {name: value * share for name, value in out.metrics.items()}
+        total, metrics = with_reports(total, metrics, out, share)
         return total, (metrics, out.buffers)
 
     @property

@@ -131,6 +131,13 @@ class Feed(abc.ABC):
     def make_task(self, model: Any, mesh: Mesh | None, *, sequence_form: str | None):
         """The task, over the devices of a mesh."""
 
+    @staticmethod
+    def batch_rows(mesh: Mesh | None):
+        """How batches lie on the devices of a mesh; None on one device."""
+        if mesh is None or mesh.size == 1:
+            return None
+        return sharding.batch_sharding(mesh, leading=0)
+
     @abc.abstractmethod
     def sequence_form(self, model: Any, mesh: Mesh) -> str | None:
         """How attention is computed where devices share the tokens of a row.

@@ -13,7 +13,7 @@ from attnjax.core.errors import UserError
 from attnjax.models import dit
 from attnjax.tasks import denoising, diffusion
 from attnjax.tasks.denoising import perturbing, sampling
-from attnjax.training import disk, sharding
+from attnjax.training import disk
 from attnjax.training.feeds.base import Batch, Reference
 from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
 from attnjax.training.settings import DrawConfig
@@ -94,12 +94,10 @@ class DiffusionFeed(ImageFeed):
 
     def make_task(self, model: Any, mesh=None, *, sequence_form=None):
         """See `Feed`."""
-        rows = None
-        if mesh is not None and mesh.size > 1:
-            rows = sharding.batch_sharding(mesh, leading=0)
         draw = schema.build(DrawConfig, self.config["eval"]["draw"])
         if draw.per_class and draw.perturb_scale:
             perturbing.choose(model, target=draw.perturb, heads=draw.perturb_heads)
+        rows = self.batch_rows(mesh)
         return diffusion.Diffusion(self.task_config, model, rows=rows)
 
     def search_facts(self, model: Any) -> dict[str, int]:

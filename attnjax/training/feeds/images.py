@@ -16,7 +16,7 @@ from attnjax.data import images
 from attnjax.data.images import corruptions
 from attnjax.models import vit
 from attnjax.tasks import classification
-from attnjax.training import disk, sharding
+from attnjax.training import disk
 from attnjax.training.feeds.base import Batch, Feed, Reference
 from attnjax.training.settings import EvalConfig, TrainConfig
 
@@ -145,9 +145,7 @@ class ImageFeed(Feed):
 
     def make_task(self, model: Any, mesh=None, *, sequence_form=None):
         """See `Feed`."""
-        rows = None
-        if mesh is not None and mesh.size > 1:
-            rows = sharding.batch_sharding(mesh, leading=0)
+        rows = self.batch_rows(mesh)
         return classification.Classification(self.task_config, model, rows=rows)
 
     def sequence_form(self, model: Any, mesh) -> None:

@@ -138,9 +138,7 @@ class TextFeed(Feed):
             self.task_config,
             model,
             use_segments=use_segments,
-            rows=None
-            if mesh is None or mesh.size == 1
-            else sharding.batch_sharding(mesh, leading=0),
+            rows=self.batch_rows(mesh),
             sequence_form=sequence_form,
         )
 
