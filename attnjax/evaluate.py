@@ -6,6 +6,7 @@ import json
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
 from attnjax.core.flags import parse_command_line
+from attnjax.decoding import draw_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +58,7 @@ class Flags:
     seed: int | None = None
 
 
-# What the settings of samples are when they are not given.
-SAMPLES = {
-    "per_class": 100,
-    "guidance": 1.0,
-    "rescale": 0.0,
-    "perturb_scale": 0.0,
-    "perturb": "identity",
-    "perturb_strength": 1.0,
-    "perturb_heads": "all",
-    "perturb_interval": (0.0, 1.0),
-    "sampler": None,
-    "num_steps": 50,
-    "seed": 0,
-}
+PER_CLASS = 100
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +67,7 @@ def main(argv: list[str]) -> None:
         argv, Flags, program="attnjax.evaluate", config=False, overrides=True
     )
     flags = line.flags
-    samples = _samples(flags)
+    _check_samples(flags)
     from attnjax.decoding.evaluate import evaluate_run
     from attnjax.decoding.run import load_run, require_denoiser
     from attnjax.training import disk
@@ -98,12 +86,13 @@ def main(argv: list[str]) -> None:
         judge = load_run(flags.judge, owner="--judge")
         # Before the time is spent.
         Judge(judge, require_denoiser(run))
-        samples["steps"] = samples.pop("num_steps")
-        drawn = {name: value for name, value in samples.items() if name != "per_class"}
+        drawn = draw_flags.given(flags)
         run.draw_settings(**drawn)
     metrics = evaluate_run(run)
     if flags.judge is not None:
-        metrics |= {"judge": flags.judge, **judged(run, judge, **samples)}
+        per_class = flags.per_class or PER_CLASS
+        metrics |= {"judge": flags.judge}
+        metrics |= judged(run, judge, per_class=per_class, **drawn)
     for name, value in metrics.items():
         print(
             f"{name:16} {value:.6g}"
@@ -115,21 +104,22 @@ def main(argv: list[str]) -> None:
             out.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
-def _samples(flags: Flags) -> dict:
-    """The settings of samples; UserError where nothing is drawn with them."""
-    given = {name: getattr(flags, name) for name in SAMPLES}
-    for name, value in given.items():
-        if value is not None and flags.judge is None:
-            raise UserError(
+def _check_samples(flags: Flags) -> None:
+    """Raise UserError for settings of samples where none are drawn."""
+    if flags.judge is None:
+        draw_flags.refuse(
+            flags,
+            ("per_class", *draw_flags.FIELDS),
+            lambda name, value: (
                 f"--{name}: belongs to the samples that --judge looks at; got "
                 f"{name}={value} without it. Add --judge RUN, the run of a classifier, "
                 "or leave it out."
-            )
-    if given["per_class"] is not None and given["per_class"] < 2:
-        raise UserError(
-            f"--per_class: must be at least 2; got per_class={given['per_class']}."
+            ),
         )
-    return {n: SAMPLES[n] if v is None else v for n, v in given.items()}
+    if flags.per_class is not None and flags.per_class < 2:
+        raise UserError(
+            f"--per_class: must be at least 2; got per_class={flags.per_class}."
+        )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
 from attnjax.core.flags import parse_command_line
+from attnjax.decoding import draw_flags
 
-# What the options of each kind are when they are not given.
+# Flags of text, and what they are when they are not given.
 TEXT = {
     "prompt": "\n",
     "max_new_tokens": 200,
@@ -15,19 +16,9 @@ TEXT = {
     "top_k": 0,
     "top_p": 1.0,
 }
+# Flags of images; `seed` is of both.
+IMAGES = ("labels", *(name for name in draw_flags.FIELDS if name != "seed"))
 PICTURES = (".png", ".jpg", ".webp")
-IMAGES = {
-    "labels": "all",
-    "guidance": 1.0,
-    "rescale": 0.0,
-    "perturb_scale": 0.0,
-    "perturb": "identity",
-    "perturb_strength": 1.0,
-    "perturb_heads": "all",
-    "perturb_interval": (0.0, 1.0),
-    "sampler": None,
-    "num_steps": 50,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,26 +100,26 @@ def main(argv: list[str]) -> None:
             f"run with config.model.name={model['name']}. Its numbers: python -m "
             "attnjax.evaluate --workdir RUN"
         )
-    if issubclass(kind, feeds.DiffusionFeed):
-        _images(flags, _given(flags, IMAGES, TEXT, "a denoiser of images"))
+    draws = issubclass(kind, feeds.DiffusionFeed)
+    own, other = (IMAGES, TEXT) if draws else (TEXT, IMAGES)
+    what = "a denoiser of images" if draws else "a language model"
+    draw_flags.refuse(
+        flags,
+        other,
+        lambda name, value: (
+            f"--{name}: does nothing for {what}; got {name}={value}. Leave it out; "
+            f"allowed here: {', '.join(own)}."
+        ),
+    )
+    if draws:
+        _images(flags)
     else:
-        _text(flags, _given(flags, TEXT, IMAGES, "a language model"))
+        _text(flags)
 
 
-def _given(flags: Flags, own: dict, other: dict, what: str) -> dict:
-    """The options of one kind; UserError for one of the other kind."""
-    for name in other:
-        if getattr(flags, name) is not None:
-            raise UserError(
-                f"--{name}: does nothing for {what}; got {name}="
-                f"{getattr(flags, name)}. Leave it out; allowed here: "
-                f"{', '.join(own)}."
-            )
-    chosen = {name: getattr(flags, name) for name in own}
-    return {n: own[n] if value is None else value for n, value in chosen.items()}
-
-
-def _text(flags: Flags, options: dict) -> None:
+def _text(flags: Flags) -> None:
+    given = {name: getattr(flags, name) for name in TEXT}
+    options = {n: TEXT[n] if value is None else value for n, value in given.items()}
     if options["max_new_tokens"] < 1:
         raise UserError(
             "attnjax.generate: max_new_tokens must be at least 1; got "
@@ -164,7 +155,7 @@ def _numbered(blocks: list[str]) -> str:
     return "\n".join(f"--- sample {i + 1}\n{block}" for i, block in enumerate(blocks))
 
 
-def _images(flags: Flags, options: dict) -> None:
+def _images(flags: Flags) -> None:
     from PIL import Image
 
     from attnjax.decoding import pictures
@@ -173,14 +164,10 @@ def _images(flags: Flags, options: dict) -> None:
 
     out = disk.ready_out(flags.out or "samples.png", kinds=PICTURES)
     run = load_run(flags.workdir, step=flags.step)
-    names = options["labels"]
-    if names == "all":
-        names = run.class_names
-    else:
-        names = tuple(name.strip() for name in names.split(","))
-    settings = {name: options[name] for name in options if name != "labels"}
-    settings["steps"] = settings.pop("num_steps")
-    images = run.draw(names * flags.num, seed=flags.seed, **settings)
+    names = run.class_names
+    if flags.labels not in (None, "all"):
+        names = tuple(name.strip() for name in flags.labels.split(","))
+    images = run.draw(names * flags.num, **draw_flags.given(flags))
     whole = pictures.sheet(run.pixels(images), columns=len(names))
     with disk.disk_errors("--out"):
         Image.fromarray(whole).save(out)

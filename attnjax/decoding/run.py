@@ -15,7 +15,7 @@ from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.errors import UserError, unknown
 from attnjax.data import tokenizers
-from attnjax.decoding import pictures
+from attnjax.decoding import draw_flags, pictures
 from attnjax.decoding.generation import generate
 from attnjax.decoding.sampling import Sampler
 from attnjax.models.layout import Layout, relayout
@@ -146,6 +146,7 @@ class LoadedDenoiser(Loaded):
             UserError: for values out of range, guidance that the model was not trained
                 for, or heads to perturb that it does not have.
         """
+        draw_flags.check_names(settings)
         try:
             chosen = DrawConfig(**settings)
         except ValueError as error:

@@ -159,6 +159,8 @@ def test_a_loaded_run_draws(run):
     assert loaded.pixels(images).dtype == np.uint8
     with pytest.raises(UserError, match="draw: steps must be at least 1; got 0"):
         loaded.draw([1], steps=0)
+    with pytest.raises(UserError, match="unknown setting 'step'. Did you mean steps"):
+        loaded.draw([1], step=3)
 
 
 @pytest.fixture(scope="module")
