@@ -109,3 +109,31 @@ def test_endless_data_are_taken_so_many():
     assert corpus.train.num_images is None
     taken = sample_quality._all(corpus.train)
     assert taken.shape == (sample_quality.OF_ENDLESS, 8, 8, 1)
+
+
+def test_every_part_of_the_samples_has_noise_of_its_own(monkeypatch):
+    seeds = []
+
+    class Denoiser:
+        class_names = ("a", "b")
+
+        def draw(self, labels, *, seed):
+            seeds.append(seed)
+            return np.zeros((len(labels), 1))
+
+    monkeypatch.setattr(sample_quality, "AT_ONCE", 3)
+    monkeypatch.setattr(sample_quality, "Judge", lambda *runs: None)
+    sets = (np.zeros((4, 1)), np.ones((4, 1)))
+    monkeypatch.setattr(sample_quality, "data_features", lambda judge: sets)
+    shown = []
+    monkeypatch.setattr(
+        sample_quality,
+        "compared",
+        lambda judge, images, labels, *, real: (
+            shown.append((len(images), labels)) or {}
+        ),
+    )
+    for seed in (0, 1):
+        sample_quality.judged(Denoiser(), None, per_class=4, seed=seed)
+    assert len(seeds) == len(set(seeds)) == 6
+    assert shown[0][0] == 8 and shown[0][1].tolist() == [0] * 4 + [1] * 4

@@ -10,6 +10,7 @@ from PIL import Image
 import attnjax
 from attnjax import evaluate, generate, plan, train
 from attnjax.core.errors import EXIT_OK, UserError
+from attnjax.decoding import pictures
 from attnjax.training import metrics
 
 CONFIG = '''
@@ -154,6 +155,7 @@ def test_generate_draws_the_classes_that_are_asked_for(run, run_door, told, tmp_
 
 def test_a_loaded_run_draws(run):
     loaded = attnjax.load(run)
+    assert loaded.labels(["3", 7]).tolist() == [3, 7]
     images = loaded.draw(["3", 3], steps=2, seed=1)
     assert images.shape == (2, 8, 8, 1)
     assert loaded.pixels(images).dtype == np.uint8
@@ -204,6 +206,15 @@ def test_a_classifier_judges_samples(run, judge, run_door, told, tmp_path):
     assert "--guidance: belongs to the samples" in told(
         evaluate.main, "--workdir", run, "--guidance", "2"
     )
+
+
+def test_the_picture_is_what_the_loaded_run_draws(run):
+    loaded = attnjax.load(run)  # the averaged parameters
+    made = loaded.draw([0, 1, 2, 3] * 2, steps=3, guidance=2.0)
+    wanted = pictures.sheet(loaded.pixels(made), columns=4)
+    found = np.asarray(Image.open(run / "samples" / "step_4.png"))
+    # Eight devices round otherwise than one.
+    np.testing.assert_allclose(found, wanted.astype(int), atol=1)
 
 
 def test_a_plan_counts_images(file, run_door):

@@ -228,3 +228,15 @@ def test_a_search_counts_the_tokens_of_a_mean_layer_of_a_pyramid():
     made = feed.make_model(config, feed.planned_sizes(), platform="cpu", target=None)
     assert feed.search_facts(made)["seq_len"] == (64 + 32) // 2
     assert feed.fit_cures(made) == []
+
+
+def test_another_picture_of_samples_is_no_other_run():
+    model = {**VIT, "name": "dit"}
+    found = {
+        mappings.digest(
+            experiment.resolve({"model": model, "eval": {"draw": draw}}),
+            exclude=experiment.IDENTITY_EXCLUDES,
+        )
+        for draw in ({}, {"per_class": 0}, {"guidance": 3.0, "steps": 7})
+    }
+    assert len(found) == 1
