@@ -55,7 +55,8 @@ def test_draws_follow_their_label_and_their_seed(process):
     np.testing.assert_array_equal(first[0], other[0])
     assert np.any(first[1] != other[1])
     assert np.any(first != drawn([0, 1], seed=1))
-    assert np.any(first != drawn([0, 1], guidance=1.0))
+    for other in ({"guidance": 1.0}, {"rescale": 1.0}, {"steps": 2}):
+        assert np.any(first != drawn([0, 1], **other)), other
 
 
 def test_guidance_needs_a_model_that_was_trained_without_classes():
