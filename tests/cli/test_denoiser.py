@@ -96,7 +96,7 @@ def rows(workdir):
 
 def test_a_run_tells_its_losses_and_draws_a_class_a_column(trained):
     run, out = trained
-    assert "held-out loss, mean squared error" in out
+    assert "held-out loss, mean squared error + bits\n" in out
     summary = json.loads((run / "summary.json").read_text())
     parts = {"loss", "mse", "vlb", "loss_level1", "loss_level2"}
     assert set(summary["final"]) == parts

@@ -34,7 +34,6 @@ class Feed(abc.ABC):
         unit: what is counted: "token" or "image".
         train_config, eval_config: the dataclasses of `config.train`, `config.eval`.
         default_source: the name of the data where none is given.
-        measure: what losses are counted in, where it is not nats per `unit`.
         no_decoding: why the model has no decode form, "" where it may have one.
         shown: final metrics that a run's last lines name beside the loss.
     """
@@ -45,7 +44,6 @@ class Feed(abc.ABC):
     train_config: ClassVar[type[TrainConfig]] = TrainConfig
     eval_config: ClassVar[type[EvalConfig]] = EvalConfig
     default_source: ClassVar[str]
-    measure: ClassVar[str | None] = None
     no_decoding: ClassVar[str] = ""
     shown: ClassVar[tuple[str, ...]] = ()
 
@@ -212,7 +210,7 @@ class Feed(abc.ABC):
     @property
     def loss_measure(self) -> str:
         """What losses are counted in."""
-        return self.measure or f"nats per {self.unit}"
+        return f"nats per {self.unit}"
 
     @property
     def draws(self) -> bool:

@@ -40,7 +40,6 @@ class DiffusionFeed(ImageFeed):
     task_module = diffusion
     eval_config = DiffusionEvalConfig
     no_decoding = "a denoiser of images has no decode step."
-    measure = "mean squared error, and bits where the variance is learned"
     shown = ()
 
     @classmethod
@@ -138,6 +137,12 @@ class DiffusionFeed(ImageFeed):
                 "evaluate: config.task.noise must be what the run learned; got (- "
                 "learned, + asked for):\n" + "\n".join(changed)
             )
+
+    @property
+    def loss_measure(self) -> str:
+        """See `Feed`; a learned variance adds bits per dimension."""
+        parts = denoising.make(self.task_config.noise).output_channels(1)
+        return "mean squared error" + (" + bits" if parts > 1 else "")
 
     @property
     def draws(self) -> bool:
