@@ -74,15 +74,15 @@ def plot(table: dict[str, dict[int, dict[str, float]]], file: Path) -> None:
     """One panel an indicator, a line a model: a colour and mark for each variant,
     dashed where it is a hybrid."""
     figure, panels = plt.subplots(1, len(SHOWN), figsize=(16, 3.4), sharex=True)
-    variants = list(dict.fromkeys(model.partition(",")[0] for model in table))
+    variants = list(dict.fromkeys(model.rpartition(", ")[0] for model in table))
     for panel, name in zip(panels, SHOWN, strict=True):
         for model, layers in table.items():
-            number = variants.index(model.partition(",")[0])
+            number = variants.index(model.rpartition(", ")[0])
             panel.plot(
                 list(layers),
                 [row[name] for row in layers.values()],
                 color=f"C{number}",
-                marker="osv^Dx*"[number % 7],
+                marker="osv^Dx*P"[number % 8],
                 linestyle="--" if model.endswith("even") else "-",
                 label=model,
                 lw=1,
