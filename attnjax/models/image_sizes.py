@@ -14,6 +14,9 @@ from attnjax.models import backbone, schedule
 
 Sizes = dict[str, tuple[int, int, int]]
 
+# Positions that are added at the places of one grid, and resampled for another.
+ADDED = ("learned", "sincos", "anchored_learned")
+
 
 def filled(config: Any, sizes: Sizes, *, patch: int, example: str) -> Any:
     """The config with the numbers of its size filled in.
@@ -68,7 +71,7 @@ def check_positions(config: Any) -> None:
             "config.model.embed_dim: must be a multiple of 4, and at least 8, for "
             f"positions=sincos; got {dim}. Change it, or use other positions."
         )
-    if config.positions_grid is not None and config.positions in ("rope", "none"):
+    if config.positions_grid is not None and config.positions not in ADDED:
         raise UserError(
             "config.model.positions_grid: resamples added positions; got "
             f"positions={config.positions}. Leave it at none"
@@ -120,7 +123,7 @@ def check_batch(model: Any, images: jax.Array) -> None:
     wanted = (model.image_size, model.image_size, model.channels)
     if images.ndim == 4 and images.shape[1:] == wanted:
         return
-    added = model.config.positions not in ("rope", "none")
+    added = model.config.positions in ADDED
     raise UserError(
         f"{model.config.name}: images must be [B, H, W, channels] with H = W = "
         f"image_size; got shape {tuple(images.shape)}, image_size={model.image_size}, "

@@ -26,6 +26,7 @@ from attnjax.models import backbone, image_sizes, mixer_choice, schedule
 from attnjax.models.stack import StackOut
 
 POOL_QUERIES = 32
+CONVOLUTIONS = ("circular_conv", "anchored_conv")
 
 # name -> C, layers, heads; the MLP is 4 C wide.
 SIZES = {
@@ -52,7 +53,11 @@ class Config(backbone.Config):
         embed_dim: C (none: the size's, else 128).
         num_heads: H query heads (none: the size's, else 4).
         positions: "learned" (added to class token and patches), "sincos" (fixed,
-            added to patches), "rope" (each axis turns half of each head) or "none".
+            added to patches), "rope" (each axis turns half of each head), "none";
+            "circular_conv": x + a depthwise convolution of x behind the patches, on a
+            grid whose ends meet; "anchored_conv": the same, the image turned to its
+            anchor first; "anchored_learned": learned, the image turned to the one
+            start that all its circular shifts have (`nn.anchored`).
         rope: rotary settings, of each axis. On larger images its angles go on; a
             scaling draws them together.
         positions_grid: patches along the side of the image that learned or sincos
@@ -85,7 +90,15 @@ class Config(backbone.Config):
     norm: Literal["rms", "layer"] = "layer"
     use_bias: bool = True
     scale_out_init: bool = False
-    positions: Literal["learned", "sincos", "rope", "none"] = "learned"
+    positions: Literal[
+        "learned",
+        "sincos",
+        "rope",
+        "none",
+        "circular_conv",
+        "anchored_conv",
+        "anchored_learned",
+    ] = "learned"
     rope: nn.Rope = dataclasses.field(default_factory=lambda: nn.Rope(theta=100.0))
     positions_grid: int | None = None
     pool: Literal["class_token", "mean", "attentive"] = "class_token"
@@ -189,7 +202,16 @@ class Ends(nnx.Module):
         self.registers = table(c.registers) if c.registers else None
         places = model.positions_grid[0] * model.positions_grid[1]
         self.position_embedding = (
-            table(has_class + places) if c.positions == "learned" else None
+            table(has_class + places)
+            if c.positions in ("learned", "anchored_learned")
+            else None
+        )
+        self.conv_positions = (
+            nn.DepthwiseConvolution(
+                c.embed_dim, circular=True, use_bias=c.use_bias, **stored
+            )
+            if c.positions in CONVOLUTIONS
+            else None
         )
         self.final_norm = backbone.final_norm(c, rngs=rngs)
         self.pool = (
@@ -215,8 +237,8 @@ class ViT(backbone.Backbone):
 
     Params beside "layers": "patches", "class_token", "registers",
     "position_embedding" (its first row is the class token's, where there is one),
-    "final_norm", "pool", "head_hidden", "head", each where the config has it. Buffers
-    have "head_norm", the running statistics of head_norm=batch.
+    "conv_positions", "final_norm", "pool", "head_hidden", "head", each where the config
+    has it. Buffers have "head_norm", the running statistics of head_norm=batch.
 
     Args:
         config: `config.model`, resolved.
@@ -308,7 +330,9 @@ class ViT(backbone.Backbone):
         """
         image_sizes.check_batch(self, images)
         ends = self._merge(params)
-        x = ends.patches(images)
+        x = ends.patches(self._from_anchor(images))
+        if ends.conv_positions is not None:
+            x = x + ends.conv_positions(x, self.grid)
         fixed, first = self._added_positions(ends)
         x = x if fixed is None else x + fixed.astype(x.dtype)
         extra = []
@@ -319,6 +343,15 @@ class ViT(backbone.Backbone):
             extra.append(ends.registers(jnp.arange(self.config.registers)))
         rows = [jnp.broadcast_to(e, (len(x), *e.shape)) for e in extra]
         return jnp.concatenate([*rows, x], axis=1)
+
+    def _from_anchor(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, Ch] as the patches are cut from it."""
+        positions, stride = self.config.positions, (self.config.patch_size,) * 2
+        if positions not in ("anchored_conv", "anchored_learned"):
+            return images
+        # Learned positions know one place from another, convolutions do not.
+        invariant = positions == "anchored_learned"
+        return nn.anchored(images, stride, invariant=invariant)[0]
 
     def _added_positions(self, ends: Ends):
         """[P, C] for the patches, and [1, C] for the class token; None where none."""
@@ -389,6 +422,8 @@ class ViT(backbone.Backbone):
         c = self.config
         places = self.grid[0] * self.grid[1]
         total = 2.0 * places * c.patch_size**2 * self.channels * c.embed_dim
+        if c.positions in CONVOLUTIONS:
+            total += 2.0 * 9 * places * c.embed_dim
         if c.pool == "attentive":
             weights = c.num_pool_queries * c.embed_dim
             total += 2.0 * places * (weights + c.embed_dim**2 + c.embed_dim)

@@ -1,5 +1,6 @@
 """Parts that do not mix tokens: linear maps, norms, MLPs, positions, embeddings."""
 
+from attnjax.nn.anchoring import anchor_of, anchored, turned
 from attnjax.nn.batch_norm import batch_norm, batch_statistics
 from attnjax.nn.conditioning import (
     Modulation,
@@ -47,6 +48,8 @@ __all__ = [
     "Rope",
     "TimeEmbedding",
     "alibi_slopes",
+    "anchor_of",
+    "anchored",
     "apply_rope",
     "axes_apart",
     "batch_norm",
@@ -66,5 +69,6 @@ __all__ = [
     "shifted",
     "sincos_2d",
     "time_features",
+    "turned",
     "unpatchify",
 ]

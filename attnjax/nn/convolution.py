@@ -1,4 +1,4 @@
-"""Convolutions over images [B, H, W, C], with zeros outside of them."""
+"""Convolutions over images [B, H, W, C]: outside are zeros, or the ends meet."""
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +70,21 @@ class Convolution(nnx.Module):
 
 
 def depthwise(
-    x: jax.Array, kernel: jax.Array, grid: tuple[int, ...], *, size: int = 3
+    x: jax.Array,
+    kernel: jax.Array,
+    grid: tuple[int, ...],
+    *,
+    size: int = 3,
+    circular: bool = False,
 ) -> jax.Array:
     """Each channel [B, prod(grid)] of x [B, T, C] with its own kernel of `size` places
-    (odd) along each axis, [size^rank, C] in row-major order; zeros outside of the grid.
+    (odd) along each axis, [size^rank, C] in row-major order. Outside of the grid are
+    zeros, or where it is `circular` the other end of it.
     """
     rank, half = len(grid), size // 2
     image = x.reshape(len(x), *grid, x.shape[-1])
-    image = jnp.pad(image, ((0, 0), *((half, half),) * rank, (0, 0)))
+    ends = ((0, 0), *((half, half),) * rank, (0, 0))
+    image = jnp.pad(image, ends, mode="wrap" if circular else "constant")
     # A sum of moved images: inside of a scan XLA's CPU code takes some 40 times as long
     # for the gradients of a convolution with groups.
     total = 0.0
@@ -96,6 +103,7 @@ class DepthwiseConvolution(nnx.Module):
     Args:
         dim: C.
         size: side of the kernel, odd.
+        circular: whether the grid's ends meet; else zeros are outside of it.
         use_bias: whether there is a bias.
     """
 
@@ -104,12 +112,13 @@ class DepthwiseConvolution(nnx.Module):
         dim: int,
         *,
         size: int = 3,
+        circular: bool = False,
         use_bias: bool = True,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.size, self.dtype = size, jnp.dtype(dtype)
+        self.size, self.circular, self.dtype = size, circular, jnp.dtype(dtype)
         start = initializers.normal(1 / size)
         self.conv_kernel = param(rngs, (size * size, dim), start, dtype=param_dtype)
         self.conv_bias = (
@@ -127,6 +136,6 @@ class DepthwiseConvolution(nnx.Module):
         """
         kernel = self.conv_kernel[...].astype(self.dtype)
         places = x[:, extra_tokens:].astype(self.dtype)
-        y = depthwise(places, kernel, grid, size=self.size)
+        y = depthwise(places, kernel, grid, size=self.size, circular=self.circular)
         y = y if self.conv_bias is None else y + self.conv_bias[...].astype(self.dtype)
         return jnp.pad(y, ((0, 0), (extra_tokens, 0), (0, 0)))

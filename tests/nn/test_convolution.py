@@ -46,3 +46,17 @@ def test_channels_stay_apart_and_tokens_before_the_grid_get_nothing():
     wanted = np.zeros((4, 5, 3))
     wanted[:3, 3:, 1] = kernel[::-1, ::-1][:, :2]
     np.testing.assert_allclose(out, wanted, atol=1e-6)
+
+
+def test_on_a_circular_grid_a_shift_moves_what_comes_out():
+    layer = nn.DepthwiseConvolution(3, circular=True, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype(np.float32)
+
+    def out(x):
+        return np.asarray(layer(x.reshape(2, 20, 3), (4, 5))).reshape(x.shape)
+
+    moved = out(np.roll(x, (1, 3), (1, 2)))
+    np.testing.assert_allclose(moved, np.roll(out(x), (1, 3), (1, 2)), atol=1e-6)
+    plain = nn.DepthwiseConvolution(3, rngs=nnx.Rngs(0))
+    inside = plain(x.reshape(2, 20, 3), (4, 5)).reshape(x.shape)[:, 1:-1, 1:-1]
+    np.testing.assert_allclose(out(x)[:, 1:-1, 1:-1], inside, atol=1e-6)
