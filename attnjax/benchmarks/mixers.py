@@ -12,7 +12,7 @@ from flax import nnx
 from attnjax import nn
 from attnjax.benchmarks import machine, tables, timing
 from attnjax.core import discovery, schema
-from attnjax.core.context import Context
+from attnjax.core.context import Context, carried_starts
 from attnjax.core.errors import UserError
 from attnjax.core.spec import MixerDims
 from attnjax.data.progress import progress
@@ -88,6 +88,7 @@ class Layer:
             positions=jnp.tile(places, (sizes.batch_size, 1)),
             embeddings=self.x,
             streams=self._streams(),
+            carried=self._carried(),
             layer_index=jnp.int32(0),
             prng_key=jax.random.key(0),
             causal=self.spec.capabilities.causal,
@@ -102,6 +103,14 @@ class Layer:
             return {}
         starts = make(self.config, self.dims, jax.random.key(0))
         return {name: self.x[:1] for name in starts}
+
+    def _carried(self) -> dict[str, jax.Array]:
+        """What layers hand on, where the mechanism does: [B, T] each."""
+        make = getattr(self.module, "carried", None)
+        if make is None:
+            return {}
+        declared = make(self.config, self.dims)
+        return carried_starts(declared, self.x.shape[:2], self.x.dtype)
 
     def _compile(self, function):
         params, buffers = self.arrays

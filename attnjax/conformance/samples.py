@@ -69,6 +69,7 @@ def sample(
         segment_ids=ids if known else None,
         embeddings=rng.normal(size=shape).astype(dtype),
         streams=subject.streams(length),
+        carried=subject.carried(batch, length),
         layer_index=np.int32(0),
         prng_key=jax.random.key(2),
         causal=subject.causal,
@@ -112,6 +113,7 @@ def cut(x: np.ndarray, ctx: Context, part: slice) -> tuple[np.ndarray, Context]:
         segment_ids=None if ids is None else ids[:, part],
         embeddings=ctx.embeddings[:, part],
         streams={name: s[:, part] for name, s in ctx.streams.items()},
+        carried={name: s[:, part] for name, s in ctx.carried.items()},
     )
 
 

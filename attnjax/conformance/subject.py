@@ -18,7 +18,7 @@ from flax import nnx
 
 from attnjax import nn
 from attnjax.core import schema
-from attnjax.core.context import Context, MixerOut
+from attnjax.core.context import Carried, Context, MixerOut, carried_starts
 from attnjax.core.errors import UserError
 from attnjax.core.mappings import digest
 from attnjax.core.spec import MixerDims, MixerSpec
@@ -219,6 +219,17 @@ class Subject:
             name: np.random.default_rng(8).normal(size=shape).astype(dtype)
             for name in starts
         }
+
+    def declared_carried(self) -> dict[str, Carried]:
+        """What the mechanism says that layers hand on."""
+        make = getattr(self.module, "carried", None)
+        return {} if make is None else make(self.config, self.dims)
+
+    def carried(self, batch: int, length: int) -> dict[str, np.ndarray]:
+        """What the first layer is given of it, [B, T] each."""
+        dtype = jnp.dtype(self.dims.dtype)
+        starts = carried_starts(self.declared_carried(), (batch, length), dtype)
+        return {name: np.asarray(start) for name, start in starts.items()}
 
     def _counted_call(self, arrays, x, ctx: Context):
         self.traces["call", x.shape, str(jax.tree.structure(ctx))] += 1

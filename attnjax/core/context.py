@@ -6,9 +6,11 @@ pytree leaves; `train`, `causal`, `mask`, `grid`, `extra_tokens`, `hooks`, `rows
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +31,8 @@ class Context:
         streams: extra residual streams by name, each [1, T, C], already normalised
             by the block like the mixer's input; entry p stands at position p of a
             document. Empty while decoding: `init_state` is given them.
+        carried: by name, what the layers before this one hand on, [B, T] each; see
+            `Carried`.
         condition: [B, C] or None, what layers with a modulation are steered by.
         layer_index: int32 scalar, traced: constants that depend on depth are
             computed from it as arrays.
@@ -59,6 +63,7 @@ class Context:
     memory_segment_ids: jax.Array | None = None
     embeddings: jax.Array | None = None
     streams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    carried: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     places: jax.Array | None = None
     condition: jax.Array | None = None
     layer_index: jax.Array | int = 0
@@ -108,12 +113,41 @@ class MixerOut:
             always cheap scalars that are worth a metric.
         streams: by name, what to add to each extra residual stream; one that is
             not named here passes through the mixer like x, as a sequence of its own.
+        carried: by name, new values of `Context.carried`; what is not named here is
+            handed on as it came.
     """
 
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     records: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     streams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    carried: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A number a token, [B, T], that layers hand on beside the residual stream, in
+    float32 or wider: what a mechanism's `carried(config, dims)` declares by name.
+
+    Attributes:
+        start: its value in front of the first layer.
+        weighs: where features behind the last layer are multiplied by it: "normed"
+            behind the final norm, "residual" in front of it, "none"; "auto" is normed
+            in models that make one vector of all tokens and none in others, which
+            refuse to be asked for it.
+    """
+
+    start: float
+    weighs: Literal["auto", "normed", "residual", "none"] = "none"
+
+
+def carried_starts(
+    declared: Mapping[str, Carried], shape: tuple[int, int], dtype: Any
+) -> dict[str, jax.Array]:
+    """What the first layer finds in `Context.carried` for tokens of shape [B, T] and a
+    compute dtype."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return {name: jnp.full(shape, one.start, wide) for name, one in declared.items()}
 
 
 @dataclasses.dataclass(frozen=True)

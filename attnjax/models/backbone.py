@@ -17,7 +17,7 @@ from flax import nnx
 
 from attnjax import nn
 from attnjax.core import schema
-from attnjax.core.context import Context
+from attnjax.core.context import Carried, Context, carried_starts
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError, unknown
 from attnjax.core.spec import MixerDims
@@ -235,7 +235,11 @@ class Backbone:
         names: the instance name of each layer.
         choices: the mechanism of each instance.
         dims, block_dims, layout, stack: of the layers, from `_build`.
+        carried: what layers hand on beside the residual stream, by name.
     """
+
+    # Whether it makes one vector of all tokens, which `Carried.weighs` may weigh.
+    pools_tokens = False
 
     def __init__(self, config: Config, *, platform: str, like: Callable):
         self.names = config.schedule()
@@ -277,6 +281,7 @@ class Backbone:
         )
         ends = nnx.eval_shape(lambda: self._make_ends(nnx.Rngs(0)))
         self._ends, _ = nnx.split(ends, nnx.Param)
+        self.carried = self._carried()
 
     def _mixer_dims(self, **own) -> MixerDims:
         c = self.config
@@ -363,7 +368,56 @@ class Backbone:
                 streams |= make(choice.config, self.dims, own)
         return streams
 
+    def _carried(self) -> dict[str, Carried]:
+        """What layers hand on, of all instances.
+
+        Raises:
+            UserError: where two of them, or the model, do not agree with it.
+        """
+        found: dict[str, Carried] = {}
+        for choice in self.choices.values():
+            make = getattr(choice.module, "carried", None)
+            for name, one in (make(choice.config, self.dims) if make else {}).items():
+                self._check_carried(choice, name, one, found.get(name, one))
+                found[name] = one
+        if found and jax.eval_shape(self._streams, jax.random.key(0)):
+            raise UserError(
+                "config.model.layers: extra residual streams do not go through layers "
+                f"that hand on numbers of each token; got {', '.join(self.choices)}. "
+                "Keep one kind of them."
+            )
+        return found
+
+    def _check_carried(self, choice, name: str, one: Carried, before: Carried) -> None:
+        path = f"config.model.mixers.{choice.instance}"
+        if one != before:
+            raise UserError(
+                f"{path}: hands on {name!r} otherwise than another instance; got {one} "
+                f"and {before}. Give both the same settings of it."
+            )
+        if one.weighs in ("normed", "residual") and not self.pools_tokens:
+            raise UserError(
+                f"{path}: config.model.name={self.config.name} makes no one vector of "
+                f"all tokens, whose features {name!r} could weigh; got {one.weighs!r}. "
+                "Leave it at auto."
+            )
+
     # ---- running
+
+    def weighed(self, x: jax.Array, out: StackOut, place: str) -> jax.Array:
+        """Features [B, T, C] times what layers hand on to weigh them.
+
+        Args:
+            out: of the layers.
+            place: "residual" or "normed", what x is.
+        """
+        for name, one in self.carried.items():
+            weighs = one.weighs
+            if weighs == "auto":
+                weighs = "normed" if self.pools_tokens else "none"
+            if weighs == place:
+                x = x * out.carried[name][..., None].astype(x.dtype)
+        return x
 
     def _merge(self, params: dict) -> nnx.Module:
         """The ends with their arrays."""
@@ -381,7 +435,7 @@ class Backbone:
         Args:
             params, buffers: as from `init`.
             x: [B, T, C].
-            ctx: its `embeddings` and `streams` are set here.
+            ctx: its `embeddings`, `streams` and `carried` are set here.
 
         Returns:
             [B, T, C], not normed, and the layers' StackOut with the model's buffers.
@@ -394,7 +448,9 @@ class Backbone:
         if self.config.dropout and ctx.train:
             key = jax.random.fold_in(ctx.prng_key, 0x7FFFFFFF)
             x = nn.dropout(x, self.config.dropout, prng_key=key, train=True)
-        ctx = ctx.replace(embeddings=x, streams=streams)
+        carried = carried_starts(self.carried, x.shape[:2], x.dtype)
+        carried = {name: ctx.spread(start) for name, start in carried.items()}
+        ctx = ctx.replace(embeddings=x, streams=streams, carried=carried)
         x, out = self.stack.apply(params["layers"], buffers["layers"], x, ctx)
         whole = buffers | {"layers": out.buffers}
         return x, dataclasses.replace(out, buffers=whole)

@@ -267,9 +267,16 @@ def _told(config: Config, i: int) -> Iterator[None]:
 
 
 def _check_streams(stage: Stage) -> None:
-    """Raise UserError for a mixer with a residual stream beside that of the image."""
+    """Raise UserError for a mixer with a residual stream beside that of the image, or
+    one that hands on numbers of each token."""
+    names = ", ".join(sorted(set(stage.names)))
+    if stage.carried:
+        raise UserError(
+            "config.model.layers: tokens are merged between stages, so that numbers of "
+            f"each token cannot be handed on; got {names}. Choose other mixers or "
+            "settings, or config.model.name=vit."
+        )
     if jax.eval_shape(stage._streams, jax.random.key(0)):
-        names = ", ".join(sorted(set(stage.names)))
         raise UserError(
             "config.model.layers: an extra residual stream has one width from the "
             f"first layer to the last; got {names}. Choose other mixers or settings, "

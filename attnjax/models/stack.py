@@ -42,6 +42,7 @@ class StackOut:
         records: {layer: {name: array}} of the layers that recorded something.
         buffers: the new buffers, structured like the old ones.
         streams: the extra streams after the last layer.
+        carried: what the last layer hands on, [B, T] each.
     """
 
     losses: dict[str, jax.Array]
@@ -49,6 +50,7 @@ class StackOut:
     records: dict[int, dict[str, jax.Array]]
     buffers: dict
     streams: dict[str, jax.Array]
+    carried: dict[str, jax.Array]
 
 
 # (kind, name) -> what each scan over layers reports, [layers].
@@ -63,6 +65,7 @@ class Part:
     records: dict[int, dict[str, jax.Array]]
     buffers: dict
     streams: dict[str, jax.Array]
+    carried: dict[str, jax.Array]
 
 
 def joined(parts: Sequence[Part]) -> StackOut:
@@ -75,7 +78,8 @@ def joined(parts: Sequence[Part]) -> StackOut:
         records |= part.records
         buffers |= part.buffers
     losses, metrics = (_means(scalars, kind) for kind in ("losses", "metrics"))
-    return StackOut(losses, metrics, records, buffers, parts[-1].streams)
+    last = parts[-1]
+    return StackOut(losses, metrics, records, buffers, last.streams, last.carried)
 
 
 class Stack:
@@ -133,7 +137,8 @@ class Stack:
     def apply(
         self, params: dict, buffers: dict, x: jax.Array, ctx: Context
     ) -> tuple[jax.Array, StackOut]:
-        """Run every layer on x [B, T, C]; ctx.streams are the raw extra streams.
+        """Run every layer on x [B, T, C]; ctx.streams are the raw extra streams
+        and ctx.carried the starts of what layers hand on.
 
         Raises:
             UserError: when a hook names a layer that is not there.
@@ -146,7 +151,7 @@ class Stack:
     ) -> tuple[jax.Array, "Part"]:
         """`apply`, with what several stacks of one layout join."""
         self._check_hooks(ctx)
-        carry = (x, dict(ctx.streams))
+        carry = (x, dict(ctx.streams), dict(ctx.carried))
         scalars: Scalars = {}
         records: dict[int, dict] = {}
         new_buffers = {}
@@ -161,8 +166,8 @@ class Stack:
                 self._collect(g, first, count, part_records, records)
                 pieces.append(part_buffers)
             new_buffers[name] = _concatenate(pieces)
-        x, streams = carry
-        return x, Part(scalars, records, new_buffers, streams)
+        x, streams, carried = carry
+        return x, Part(scalars, records, new_buffers, streams, carried)
 
     def _check_hooks(self, ctx: Context) -> None:
         depth = len(self.layout.names)
@@ -223,7 +228,7 @@ class Stack:
 
     def _body(self, pattern, ctx: Context, hooks: tuple[tuple, ...]):
         def body(carry, xs):
-            x, streams = carry
+            x, streams, carried = carry
             params, buffers, layers = xs
             scalars, records, new_buffers = {}, {}, {}
             for j, name in enumerate(pattern):
@@ -233,16 +238,19 @@ class Stack:
                 if prng_key is not None:
                     prng_key = jax.random.fold_in(prng_key, layer)
                 own, after = _apart(hooks[j])
-                here = ctx.replace(layer_index=layer, prng_key=prng_key, hooks=own)
+                here = ctx.replace(
+                    layer_index=layer, prng_key=prng_key, hooks=own, carried=carried
+                )
                 block = nnx.merge(self._graphs[name], params[sub], buffers[sub])
                 x, streams, out = block(ctx.spread(x), streams, here)
+                carried = carried | out.carried
                 scalars[j] = _scalars_of(out)
                 behind = ctx.replace(hooks=after)
                 x = probes.intervene(behind, HIDDEN, x, head_axis=None)
                 records[j] = dict(out.records)
                 records[j] |= probes.records(behind, HIDDEN, x, head_axis=None)
                 new_buffers[sub] = nnx.to_pure_dict(nnx.state(block, nn.Buffer))
-            return (ctx.spread(x), streams), (scalars, records, new_buffers)
+            return (ctx.spread(x), streams, carried), (scalars, records, new_buffers)
 
         if self.remat == "none":
             return body

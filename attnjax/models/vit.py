@@ -254,6 +254,8 @@ class ViT(backbone.Backbone):
         num_tokens: T, extra tokens and patches.
     """
 
+    pools_tokens = True
+
     def __init__(
         self,
         config: Config,
@@ -371,7 +373,8 @@ class ViT(backbone.Backbone):
     def hidden(
         self, params: dict, buffers: dict, images: jax.Array, ctx: Context
     ) -> tuple[jax.Array, StackOut]:
-        """The normed output of the last layer, [B, T, C] in the compute dtype.
+        """The normed output of the last layer, [B, T, C] in the compute dtype; times
+        what layers hand on to weigh it (`Carried.weighs`).
 
         Args:
             params, buffers: as from `init`.
@@ -380,7 +383,9 @@ class ViT(backbone.Backbone):
         """
         image_sizes.check_whole_rows(ctx)
         x, out = self.run(params, buffers, self.embed(params, images), ctx)
-        return ctx.spread(self._merge(params).final_norm(x)), out
+        x = self.weighed(x, out, "residual")
+        x = self._merge(params).final_norm(x)
+        return ctx.spread(self.weighed(x, out, "normed")), out
 
     def features(
         self, params: dict, buffers: dict, images: jax.Array, ctx: Context

@@ -2,7 +2,7 @@
 
 An option's effect is looked for in traces (jaxprs without dead code), which compile
 nothing: initial values, the training pass, the full pass and its other directions,
-decode state and step.
+decode state and step, and what is declared to be handed on.
 """
 
 import dataclasses
@@ -127,6 +127,7 @@ def stages(s: Subject) -> Iterator[str]:
     yield from ("cross",) if can.cross else ()
     yield from ("prefix",) if can.prefix else ()
     yield from ("streams",) if hasattr(s.module, "streams") else ()
+    yield from ("carried",) if hasattr(s.module, "carried") else ()
 
 
 def stage(s: Subject, name: str) -> str:
@@ -143,6 +144,8 @@ def _trace(s: Subject, name: str) -> str:
         return _text(s.init, np.int32(1))
     if name == "streams":
         return _text(lambda: s.module.streams(s.config, s.dims, jax.random.key(0)))
+    if name == "carried":
+        return repr(s.declared_carried())
     if name == "state":
         return _text(lambda: s.new_state(s.build(), 2, 24))
     arrays = jax.eval_shape(lambda: s.init(0))

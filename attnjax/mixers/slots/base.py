@@ -44,6 +44,7 @@ class Call:
         losses: weighted scalars by name.
         metrics: scalars by name that are reported and not trained.
         records: arrays by name.
+        carried: what the layer hands on instead of `ctx.carried`, by name.
         notes: what a slot keeps for its later hooks in this call, by its `id`.
     """
 
@@ -53,6 +54,7 @@ class Call:
         self.losses: dict[str, jax.Array] = {}
         self.metrics: dict[str, jax.Array] = {}
         self.records: dict[str, jax.Array] = {}
+        self.carried: dict[str, jax.Array] = {}
         self.notes: dict[int, jax.Array] = {}
 
     def intervene(
@@ -75,7 +77,12 @@ class Call:
 
     def out(self) -> MixerOut:
         """What the mixer returns beside y."""
-        return MixerOut(losses=self.losses, metrics=self.metrics, records=self.records)
+        return MixerOut(
+            losses=self.losses,
+            metrics=self.metrics,
+            records=self.records,
+            carried=self.carried,
+        )
 
 
 class Slot(nnx.Module):
