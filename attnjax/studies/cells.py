@@ -35,9 +35,8 @@ class Column:
 def columns(results: Results, *, timing: bool) -> list[Column]:
     """Labels, metrics with their differences and the paper's figures, costs, hash."""
     found = [_label_column(results, i) for i in range(len(results.table.rows))]
-    for place in results.columns:
-        for metric in results.table.metrics:
-            found += _metric_columns(results, place, metric)
+    for place, metric in results.places:
+        found += _metric_columns(results, place, metric)
     found += _cost_columns(results, timing)
     hashes = tuple(Text(_hashes(row), _hashes(row)) for row in results.rows)
     return [*found, Column("config hash", "hash", hashes)]

@@ -3,7 +3,9 @@
 A point asks for them by name; its worker does them after the training, as
 `python -m attnjax.evaluate` would. They are no part of the run's identity: one that is
 asked for later is all that the same sweep command does then. A name is a split like
-"eval": its loss is the metric "<name>/loss".
+"eval": its loss is the metric "<name>/loss". The samples of a denoiser are judged by
+another point of the sweep, a classifier: "<name>/frechet", "<name>/named" and so on
+(`analysis.sample_quality.judged`).
 
 DIR/configs/<hash>.evaluations.json holds what is asked for, the run's evaluations.json
 what was found.
@@ -23,6 +25,7 @@ from attnjax.training.signals import StopSignal
 FOUND = "evaluations.json"
 _SPLITS = ("train", "eval")  # what a training writes itself
 _NOT_METRICS = ("data", "seq_len", "image_size", "corruption", "severity")
+PER_CLASS = 100  # samples for a judge
 _CURE = "Delete it; run the sweep again."
 
 
@@ -35,11 +38,18 @@ class Evaluation:
         overrides: dotted config keys without "config." -> JSON values; they may change
             the data and how the model is run, not what parameters it has.
         keep_layers: the layers (from 0) that stay; None keeps all.
+        judge: labels that belong to one point of the sweep alone: the classifier that
+            looks at samples of this denoiser (in a settled point: its hash). None: no
+            samples are drawn.
+        samples: how they are drawn: "per_class" (default 100) and settings of
+            `LoadedDenoiser.draw_settings`.
     """
 
     name: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     keep_layers: tuple[int, ...] | None = None
+    judge: Mapping[str, Any] | str | None = None
+    samples: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         name = self.name
@@ -50,15 +60,24 @@ class Evaluation:
             )
         if self.keep_layers is not None:
             object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
+        if self.samples and self.judge is None:
+            raise UserError(
+                "sweep: the samples of an evaluation are drawn for a judge; got "
+                f"samples={dict(self.samples)!r} without one. Add judge={{label: "
+                "value}, the labels of a classifier's point."
+            )
 
     def to_json(self) -> dict:
         """Its fields as JSON values."""
         kept = None if self.keep_layers is None else list(self.keep_layers)
-        return {
+        found = {
             "name": self.name,
             "overrides": dict(self.overrides),
             "keep_layers": kept,
         }
+        if self.judge is not None:
+            found |= {"judge": self.judge, "samples": dict(self.samples)}
+        return found
 
 
 def check(wanted: Sequence[Evaluation], config: dict) -> None:
@@ -119,8 +138,19 @@ def rows(run: Path) -> list[dict]:
     return [metrics.decode(one["row"]) for one in _found(run).values()]
 
 
+def judges(run: Path) -> list[str]:
+    """The hashes of the points that judge what a trained run misses.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return list(dict.fromkeys(one.judge for one in missing(run) if one.judge))
+
+
 def do_missing(run: Path, signals: StopSignal) -> None:
     """Evaluate a trained run wherever that is missing, and note each result at once.
+
+    The judges' runs are trained.
 
     Raises:
         UserError: an evaluation cannot be done (named).
@@ -148,18 +178,30 @@ def _row(run: Path, one: Evaluation) -> dict:
             run, overrides=tuple(one.overrides.items()), keep_layers=one.keep_layers
         )
         found = evaluate_run(loaded)
+        if one.judge is not None:
+            found |= _judged(run, loaded, one)
     except UserError as error:
         raise UserError(f"evaluation {one.name}: {error}") from None
     values = {k: v for k, v in found.items() if k not in _NOT_METRICS}
     return {**values, "split": one.name}
 
 
+def _judged(run: Path, loaded: Any, one: Evaluation) -> dict:
+    """What the judge says of samples that are drawn now."""
+    from attnjax.analysis.sample_quality import judged
+    from attnjax.decoding.run import load_run, require_denoiser
+
+    settings = dict(one.samples)
+    per_class = settings.pop("per_class", PER_CLASS)
+    judge = load_run(run.with_name(one.judge), owner="judge")
+    return judged(require_denoiser(loaded), judge, per_class=per_class, **settings)
+
+
 def _identity(asked: dict, run: Path) -> dict:
     """What a result is of; another run in the directory, or a longer one, differs."""
     config = disk.read_json(run / "config.json", owner="sweep", cure=_CURE)
     return {
-        "overrides": asked["overrides"],
-        "keep_layers": asked["keep_layers"],
+        **{name: value for name, value in asked.items() if name != "name"},
         "run": mappings.digest(config, exclude=experiment.IDENTITY_EXCLUDES),
     }
 
@@ -182,4 +224,4 @@ def _read(path: Path) -> list[dict]:
 
 
 def _of_json(asked: dict) -> Evaluation:
-    return Evaluation(asked["name"], asked["overrides"], asked["keep_layers"])
+    return Evaluation(**asked)

@@ -70,31 +70,30 @@ def records(results: Results, *, timing: bool) -> list[dict[str, Any]]:
     found = []
     table = results.table
     for row in results.rows:
-        for column in results.columns:
-            for metric in table.metrics:
-                cell, costs = row.cells[column, metric], row.costs[column]
-                spread, gap, paper = cell.spread, cell.difference, cell.paper
-                found.append(
-                    {
-                        **dict(zip(table.rows, row.labels, strict=True)),
-                        **dict(zip(table.columns, column, strict=True)),
-                        "metric": metric,
-                        "n": spread.n if spread else 0,
-                        "mean": spread.mean if spread else None,
-                        "sd": spread.sd if spread else None,
-                        "finished": cell.steps is None and spread is not None,
-                        "baseline": row.is_baseline,
-                        "pairs": gap.n if gap else None,
-                        "difference": gap.mean if gap else None,
-                        "low": gap.low if gap else None,
-                        "high": gap.high if gap else None,
-                        "p": gap.p if gap else None,
-                        "paper": paper.value if paper else None,
-                        "paper_source": paper.source if paper else None,
-                        **{name: costs[name] for name in costs_shown(results, timing)},
-                        "configs": " ".join(row.hashes),
-                    }
-                )
+        for column, metric in results.places:
+            cell, costs = row.cells[column, metric], row.costs[column]
+            spread, gap, paper = cell.spread, cell.difference, cell.paper
+            found.append(
+                {
+                    **dict(zip(table.rows, row.labels, strict=True)),
+                    **dict(zip(table.columns, column, strict=True)),
+                    "metric": metric,
+                    "n": spread.n if spread else 0,
+                    "mean": spread.mean if spread else None,
+                    "sd": spread.sd if spread else None,
+                    "finished": cell.steps is None and spread is not None,
+                    "baseline": row.is_baseline,
+                    "pairs": gap.n if gap else None,
+                    "difference": gap.mean if gap else None,
+                    "low": gap.low if gap else None,
+                    "high": gap.high if gap else None,
+                    "p": gap.p if gap else None,
+                    "paper": paper.value if paper else None,
+                    "paper_source": paper.source if paper else None,
+                    **{name: costs[name] for name in costs_shown(results, timing)},
+                    "configs": " ".join(row.hashes),
+                }
+            )
     return found
 
 

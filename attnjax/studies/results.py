@@ -93,6 +93,27 @@ class Results:
         found = dict.fromkeys(run.unit for run in self.runs if run.is_done)
         return tuple(found) or ("token",)
 
+    @property
+    def places(self) -> list[tuple[tuple, str]]:
+        """(column, metric) of the numbers, a metric that a column's runs do not have
+        left out: one of images has none of texts."""
+        return [
+            (column, metric)
+            for column in self.columns
+            for metric in self.table.metrics
+            if self._has(column, metric)
+        ]
+
+    def _has(self, column: tuple, metric: str) -> bool:
+        cells = [row.cells[column, metric] for row in self.rows]
+        if any(cell.spread or cell.paper for cell in cells):
+            return True
+        return not any(
+            row.cells[column, other].spread
+            for row in self.rows
+            for other in self.table.metrics
+        )
+
     def title_of(self, column: tuple) -> str:
         """A column's label values as words; "" where there is one column."""
         pairs = zip(self.table.columns, column, strict=True)
@@ -131,7 +152,7 @@ def summarise(runs: Sequence[Run], table: Table) -> Results:
     """
     table.check([run.labels for run in runs])
     check_metrics(runs, table)
-    runs = [state_size.completed(run) for run in runs]
+    runs = [state_size.completed(run) for run in runs if table.has(run.labels)]
     columns = _distinct(runs, table.columns)
     rows = [_row(runs, table, key, columns) for key in _distinct(runs, table.rows)]
     notes = footnotes.notes(runs, table, [_texts(row, table) for row in rows])

@@ -12,7 +12,7 @@ from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.core.userfile import read_source, run_file, told_as_user_error
-from attnjax.studies import evaluations, groups, ledger, worker
+from attnjax.studies import evaluations, groups, judges, ledger, worker
 from attnjax.studies.evaluations import Evaluation
 from attnjax.studies.places import FOLDERS, STUDY, config_path, run_directory
 from attnjax.studies.points import Point, find_config
@@ -177,6 +177,8 @@ def load(path: str | Path, workdir: str | Path) -> Study:
     for number, one in enumerate(points):
         settled.append(_settle(one, path, number, cache))
     _refuse_equals(settled)
+    with _at(path):
+        settled = judges.settle(settled)
     together = {one.name: one.config for one in settled if one.vectorize}
     if together:
         with _at(path):

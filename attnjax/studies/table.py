@@ -14,7 +14,17 @@ from attnjax.core.errors import UserError, nearest
 
 SPLITS = ("eval", "train")
 # Words in the name of a metric of which more is better; of any other, less is.
-_MORE_IS_BETTER = {"accuracy", "acc", "top1", "top5", "em", "f1", "bleu", "psnr"}
+_MORE_IS_BETTER = {
+    "accuracy",
+    "acc",
+    "top1",
+    "top5",
+    "em",
+    "f1",
+    "bleu",
+    "psnr",
+    "named",
+}
 _MORE_IS_BETTER |= {"recall", "precision", "auc", "reward"}
 
 
@@ -66,6 +76,8 @@ class Table:
         higher_is_better: metrics of which more is better, beside accuracy and the
             like, which are known by name.
         uncompared: metrics that are shown without the difference to the baseline.
+        leave_out: label -> value of points that are in no row, such as a judge of the
+            others. None: every point is in a row.
         title, caption: text above and below.
     """
 
@@ -78,6 +90,7 @@ class Table:
     paper: tuple[PaperValue, ...] = ()
     higher_is_better: tuple[str, ...] = ()
     uncompared: tuple[str, ...] = ()
+    leave_out: Mapping[str, Any] | None = None
     title: str = ""
     caption: str = ""
 
@@ -100,6 +113,9 @@ class Table:
         if not isinstance(self.best, bool):
             raise UserError(f"Table: best must be True or False; got {self.best!r}.")
         self._check_labels_once()
+        if self.leave_out is not None:
+            _check_mapping(self.leave_out, "Table.leave_out")
+            object.__setattr__(self, "leave_out", dict(self.leave_out))
         if self.baseline is not None:
             _check_mapping(self.baseline, "Table.baseline")
             object.__setattr__(self, "baseline", dict(self.baseline))
@@ -140,7 +156,13 @@ class Table:
                 paper's value that is in no row, or two points that would fall on one
                 place of the table with one seed.
         """
-        points = [dict(each) for each in labels]
+        given = [dict(each) for each in labels]
+        points = [point for point in given if self.has(point)]
+        if given and not points:
+            raise UserError(
+                "Table: leave_out must leave points; got "
+                f"leave_out={show_labels(self.leave_out)}, which all have."
+            )
         known = sorted({name for point in points for name in point})
         for part in ("rows", "columns"):
             for name in getattr(self, part):
@@ -153,6 +175,10 @@ class Table:
                     f". {_have(value.labels, points)}"
                 )
         self._check_places(points)
+
+    def has(self, labels: Mapping[str, Any]) -> bool:
+        """Whether a point with these labels is in a row."""
+        return self.leave_out is None or not matches(self.leave_out, labels)
 
     def check_splits(self, evaluations: Iterable[str]) -> None:
         """Refuse a metric of an evaluation that no point asks for.

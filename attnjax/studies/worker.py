@@ -6,6 +6,7 @@ its run directory as `python -m attnjax.train` would.
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from attnjax.studies.places import config_path, run_directory
 from attnjax.training import disk, provenance
 from attnjax.training.signals import StopRequested, StopSignal, leave
 
+JUDGE_PATIENCE = 5.0  # seconds between looks at a judge that others train
 EXIT_BUSY = 76  # another process runs the point
 
 
@@ -52,18 +54,22 @@ def work(workdir: Path, point_hash: str) -> int:
     """Run or resume a point; see `main`."""
     with StopSignal() as signals:
         try:
-            with ledger.hold(workdir, point_hash):
-                if ledger.is_done(run_directory(workdir, point_hash)):
-                    # By another driver, since ours looked.
-                    print(f"{point_hash}: is done.", flush=True)
-                    return EXIT_OK
-                state = ledger.begun(ledger.read(workdir, point_hash))
-                ledger.write(workdir, state)
-                code, error = outcome_of(partial(_train, workdir, point_hash, signals))
-                return _end(workdir, state, code, error)
+            return _work(workdir, point_hash, signals)
         except ledger.Busy:
             print(f"{point_hash}: another process runs it.", flush=True)
             return EXIT_BUSY
+
+
+def _work(workdir: Path, point_hash: str, signals: StopSignal) -> int:
+    with ledger.hold(workdir, point_hash):
+        if ledger.is_done(run_directory(workdir, point_hash)):
+            # By another driver, since ours looked.
+            print(f"{point_hash}: is done.", flush=True)
+            return EXIT_OK
+        state = ledger.begun(ledger.read(workdir, point_hash))
+        ledger.write(workdir, state)
+        code, error = outcome_of(partial(_train, workdir, point_hash, signals))
+        return _end(workdir, state, code, error)
 
 
 def command(workdir: Path, point_hash: str) -> list[str]:
@@ -94,13 +100,46 @@ def _train(workdir: Path, point_hash: str, signals: StopSignal) -> int:
 
 
 def evaluate(run: Path, signals: StopSignal) -> int:
-    """Do the evaluations that a trained point misses; the exit code."""
+    """Do the evaluations that a trained point misses; the exit code.
+
+    A judge that is not trained yet is trained first: here, or by whoever has begun.
+
+    Raises:
+        UserError: an evaluation cannot be done (named).
+    """
     try:
+        for judge in evaluations.judges(run):
+            _train_judge(run.parent.parent, judge, signals)
         evaluations.do_missing(run, signals)
     except StopRequested:
         print(f"{signals.requested}: run me again for the evaluations.", flush=True)
         return EXIT_SAVED
     return EXIT_OK
+
+
+def _train_judge(workdir: Path, point_hash: str, signals: StopSignal) -> None:
+    """Return when the point is trained.
+
+    Raises:
+        StopRequested: a signal came first.
+        UserError: its training failed.
+    """
+    while not ledger.is_trained(run_directory(workdir, point_hash)):
+        try:
+            print(f"judge {point_hash}: not trained yet", flush=True)
+            code = _work(workdir, point_hash, signals)
+        except ledger.Busy:
+            with signals.interrupting():
+                time.sleep(JUDGE_PATIENCE)
+            continue
+        if code == EXIT_SAVED:
+            raise StopRequested(signals.requested)
+        if code != EXIT_OK:
+            error = ledger.read(workdir, point_hash).error
+            raise UserError(
+                f"judge {point_hash}: could not be trained ({error}). Mend that; run "
+                "the sweep again."
+            )
 
 
 def _prepare(workdir: Path, point_hash: str) -> Callable[..., int]:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from attnjax.core.errors import UserError
-from attnjax.studies import cells, plots, results
+from attnjax.studies import cells, formats, plots, results
 from attnjax.studies.collect import collect
 from attnjax.studies.table import Table
 from attnjax.studies.values import metrics_of
@@ -88,6 +88,45 @@ def test_a_metric_must_be_that_of_a_run(runs):
         results.summarise(runs, table)
     assert "train/time/tokens_per_second" in metrics_of(runs)
     assert "eval/step" not in metrics_of(runs)
+
+
+def test_columns_show_the_metrics_that_their_runs_have(runs):
+    only_small = [
+        run
+        if run.labels["embed_dim"] == SIZES[0]
+        else dataclasses.replace(
+            run, rows=[_without(row, "accuracy") for row in run.rows]
+        )
+        for run in runs
+    ]
+    table = Table(
+        rows=("layers",), columns=("embed_dim",), metrics=("eval/accuracy", "eval/loss")
+    )
+    found = results.summarise(only_small, table)
+    small, large = ((size,) for size in SIZES)
+    assert found.places == [
+        (small, "eval/accuracy"),
+        (small, "eval/loss"),
+        (large, "eval/loss"),
+    ]
+    titles = [column.title for column in cells.columns(found, timing=False)]
+    assert "eval/accuracy (embed_dim=16)" in titles
+    assert "eval/accuracy (embed_dim=32)" not in titles
+    listed = [
+        (one["embed_dim"], one["metric"])
+        for one in formats.records(found, timing=False)
+    ]
+    assert listed == [(c[0], m) for _ in MIXERS for c, m in found.places]
+
+
+def test_runs_that_are_left_out_are_in_no_row(runs):
+    table = Table(rows=("layers", "embed_dim"), leave_out={"layers": "attention"})
+    found = results.summarise(runs, table)
+    assert [row.labels for row in found.rows] == [(MIXERS[1], size) for size in SIZES]
+
+
+def _without(row, name):
+    return {key: value for key, value in row.items() if key != name}
 
 
 def test_a_diverged_run_shows_in_the_mean(runs):

@@ -43,6 +43,14 @@ def test_a_table_fits_its_points():
     full().check(POINTS)
 
 
+def test_points_that_are_left_out_are_in_no_row():
+    table = Table(rows=("mixer", "size"), leave_out={"role": "judge"})
+    table.check([*POINTS, {"role": "judge"}])
+    assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+    with pytest.raises(UserError, match="leave points; got leave_out=role=judge"):
+        table.check([{"role": "judge"}])
+
+
 def test_defaults_are_the_held_out_loss_and_the_seed():
     table = Table(rows=("mixer",))
     assert table.metrics == ("eval/loss",)
@@ -64,6 +72,7 @@ def test_defaults_are_the_held_out_loss_and_the_seed():
         ({"baseline": {}}, "must map label names to values"),
         ({"baseline": {"mixer": object}}, "to text or numbers"),
         ({"uncompared": ("eval/los",)}, "got 'eval/los'. Did you mean eval/loss"),
+        ({"leave_out": {}}, "Table.leave_out: must map label names"),
         ({"seed": ""}, "Table.seed: must be text"),
         ({"paper": ("2.5",)}, "must hold PaperValue objects"),
         (
