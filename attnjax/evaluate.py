@@ -10,9 +10,8 @@ from attnjax.decoding import draw_flags
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    """Evaluate a run on held-out data; --config.data... and --config.model... change
-    the data, the context length or how the model is run.
+class _RunFlags:
+    """The run and its judge.
 
     Attributes:
         workdir: the run directory.
@@ -21,23 +20,9 @@ class Flags:
             (none: all).
         out: a JSON file for the metrics (none: the terminal alone).
         judge: of a denoiser: the run of a classifier of the same classes, which names
-            samples and compares their features with the data's (none: no samples are
-            drawn).
-        per_class: samples of each class for the judge (none: 100).
-        guidance: their scale of classifier-free guidance (none: 1, without).
-        rescale: share of a guided prediction, 0 to 1, that is brought back to the
-            spread of the unguided one (none: 0).
-        perturb_scale: scale w of guidance by a pass with perturbed attention, added to
-            what guidance gives (none: 0, without).
-        perturb: what its attention is moved to, identity or uniform (none: identity).
-        perturb_strength: how far, above 0 to 1 (none: 1).
-        perturb_heads: which heads: all, or layers with heads, as 2:0,1;3:all (none:
-            all).
-        perturb_interval: noise levels, 0 is clean and 1 noise, in which it acts (none:
-            0 1).
-        sampler: their sampler (none: ddim for Gaussian processes, heun for flows).
-        num_steps: its steps (none: 50).
-        seed: of their noise (none: 0).
+            images that are drawn and compares their features with the data's (none: no
+            images are drawn).
+        per_class: images of each class for the judge (none: 100).
     """
 
     workdir: str
@@ -46,16 +31,12 @@ class Flags:
     out: str | None = None
     judge: str | None = None
     per_class: int | None = None
-    guidance: float | None = None
-    rescale: float | None = None
-    perturb_scale: float | None = None
-    perturb: str | None = None
-    perturb_strength: float | None = None
-    perturb_heads: str | None = None
-    perturb_interval: tuple[float, float] | None = None
-    sampler: str | None = None
-    num_steps: int | None = None
-    seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(draw_flags.DrawFlags, _RunFlags):
+    """Evaluate a run on held-out data; --config.data... and --config.model... change
+    the data, the context length or how the model is run."""
 
 
 PER_CLASS = 100

@@ -22,8 +22,8 @@ PICTURES = (".png", ".jpg", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
-    """Generate text from a language model, or images from a denoiser.
+class _RunFlags:
+    """The run, and the flags of text.
 
     Attributes:
         workdir: the run directory.
@@ -36,26 +36,6 @@ class Flags:
             all (none: 1).
         labels: images: names or numbers of classes, separated by commas, a column
             each, or no_class (none: all of them).
-        guidance: images: scale of classifier-free guidance (none: 1, without).
-        rescale: images: share of a guided prediction, 0 to 1, that is brought back to
-            the spread of the unguided one (none: 0).
-        perturb_scale: images: scale w of guidance by a pass with perturbed attention,
-            added to what guidance gives (none: 0, without).
-        perturb: images: what its attention is moved to, identity or uniform (none:
-            identity).
-        perturb_strength: images: how far, above 0 to 1 (none: 1).
-        perturb_heads: images: which heads: all, or layers with heads, as 2:0,1;3:all
-            (none: all).
-        perturb_interval: images: noise levels, 0 is clean and 1 noise, in which it acts
-            (none: 0 1).
-        sampler: images: its name (none: ddim for Gaussian processes, heun for
-            flows).
-        num_steps: images: steps of the sampler (none: 50).
-        seed: of the draws.
-        num: how many samples, of each class.
-        step: the checkpoint (none: the newest intact one).
-        out: a file for the text (none: the terminal), or the PNG of the images
-            (none: samples.png).
     """
 
     workdir: str
@@ -65,15 +45,20 @@ class Flags:
     top_k: int | None = None
     top_p: float | None = None
     labels: str | None = None
-    guidance: float | None = None
-    rescale: float | None = None
-    perturb_scale: float | None = None
-    perturb: str | None = None
-    perturb_strength: float | None = None
-    perturb_heads: str | None = None
-    perturb_interval: tuple[float, float] | None = None
-    sampler: str | None = None
-    num_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(draw_flags.DrawFlags, _RunFlags):
+    """Generate text from a language model, or images from a denoiser.
+
+    Attributes:
+        seed: of the draws.
+        num: how many samples, of each class.
+        step: the checkpoint (none: the newest intact one).
+        out: a file for the text (none: the terminal), or the PNG of the images
+            (none: samples.png).
+    """
+
     seed: int = 0
     num: int = 1
     step: int | None = None

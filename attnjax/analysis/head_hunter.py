@@ -123,8 +123,8 @@ class Trial:
 
     def __call__(self, heads: tuple[Pair, ...]) -> float:
         """The mean score with these heads; none of them: of unguided samples."""
-        shares = self.perturbation.shares(heads or self.pool, 1.0)
-        shares *= self.settings.perturb_strength if heads else 0.0
+        moved, strength = self.perturbation, self.settings.perturb_strength
+        shares = moved.shares(heads, strength) if heads else moved.unmoved()
         run = self.denoiser
         images = pictures.draw_perturbed(
             run.task,

@@ -162,8 +162,8 @@ class Hook:
         layers: absolute layer indices; None means every layer.
         heads: head indices; None means every head.
         action: "record", or the intervention: "scale", "add", "replace"; of "weights"
-            also "blend_identity" and "blend_uniform", which move heads by a share
-            towards their own value or the mean one (`mixers/slots/blending.py`).
+            also "blend_identity", "blend_uniform" and others, which move them by a
+            number of each head (`mixers/slots/blending.py`).
     """
 
     name: str

@@ -25,11 +25,29 @@ class Push:
         weight: w >= 0; 0 runs no third pass.
         interval: noise levels, from 0 (clean) to 1 (noise), in which it acts; where
             no row is inside, no third pass is run.
+        decay: d >= 0: at noise level n the weight is max(0, w - d (1 - n)); a 0 is as
+            outside of the interval. Of a published w - a (1000 - t), with steps t from
+            1000 down, d = 1000 a.
     """
 
     denoise: Network
     weight: float | jax.Array
     interval: tuple[float, float] = EVERYWHERE
+    decay: float | jax.Array = 0.0
+
+    def weights(self, times: jax.Array, level) -> jax.Array | float:
+        """The weight at times [B]: [B], or one number without decay."""
+        if _is(self.decay, 0):
+            return self.weight
+        return jnp.maximum(self.weight - self.decay * (1 - level(times)), 0)
+
+    def inside(self, times: jax.Array, level) -> jax.Array | None:
+        """bool [B], where it acts, or None for everywhere."""
+        near = _inside(self.interval, level, times)
+        if _is(self.decay, 0):
+            return near
+        left = self.weights(times, level) > 0
+        return left if near is None else near & left
 
 
 def guided(
@@ -111,9 +129,10 @@ def guided(
         if push is None:
             f_pert, weight = f_c, 0.0
         else:
-            near = _inside(push.interval, level, times)
-            f_pert, weight = _pushed(push, labels, near, x, times, output), push.weight
-            f_pert = f_pert[..., :count]
+            near, weight = push.inside(times, level), push.weights(times, level)
+            f_pert = _pushed(push, labels, near, x, times, output)[..., :count]
+            if jnp.ndim(weight):
+                weight = weight.reshape((-1,) + (1,) * (f_pert.ndim - 1))
         result = perturbed_guidance(
             f_c, f_pert, weight=weight, f_u=f_u, scale=1.0 if is_plain else scale
         )
@@ -127,7 +146,7 @@ def guided(
 
 
 def _pushed(push: Push, labels, inside, x, times, output):
-    """The perturbed pass; rows outside of its interval are the conditional one."""
+    """The perturbed pass; rows where it does not act are the conditional one."""
 
     def run(x, times, inside):
         return _where(inside, push.denoise(x, times, labels), output)
@@ -211,6 +230,16 @@ def _check_push(push: Push, level) -> None:
         raise UserError(
             "guidance: weight of a push must not be negative; got "
             f"weight={push.weight}. 0 is without."
+        )
+    if isinstance(push.decay, int | float) and not push.decay >= 0:
+        raise UserError(
+            "guidance: decay of a push must not be negative; got "
+            f"decay={push.decay}. 0 is a constant weight."
+        )
+    if not _is(push.decay, 0) and level is None:
+        raise UserError(
+            "guidance: a decay needs level, the noise level of a time; got "
+            "level=None. Give level=process.level."
         )
     _check_interval(push.interval, level)
 

@@ -96,11 +96,17 @@ def draw_perturbed(
     numbers = {}
     if settings.perturb_scale:
         numbers = {"shares": shares, "weight": settings.perturb_scale}
+        if settings.perturb_decay:
+            numbers["decay"] = settings.perturb_decay
         scale = 1.0
     else:
         perturbation, scale = None, 0.0
     # What the program does not depend on.
-    plain = {name: getattr(DrawConfig, name) for name in PERTURB_OPTIONS[:-1]}
+    plain = {
+        name: getattr(DrawConfig, name)
+        for name in PERTURB_OPTIONS
+        if name != "perturb_interval"
+    }
     settings = dataclasses.replace(settings, seed=0, perturb_scale=scale, **plain)
     run = _program(task, settings, perturbation, mesh)
     return run(params, buffers, jnp.asarray(labels, jnp.int32), key, numbers)
@@ -128,7 +134,8 @@ def _draw(
     prng_key,
     numbers,
 ):
-    """Images of labels; the numbers of a perturbation are its "shares" and "weight"."""
+    """Images of labels; `numbers` of a perturbation are its "shares", "weight" and
+    "decay"."""
     model, process = task.model, task.process
 
     def denoise(x, times, labels, shares=None):
@@ -144,6 +151,7 @@ def _draw(
             partial(denoise, shares=numbers["shares"]),
             numbers["weight"],
             settings.perturb_interval,
+            numbers.get("decay", 0.0),
         )
     guided = guidance.guided(
         denoise,

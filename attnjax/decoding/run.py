@@ -138,9 +138,8 @@ class LoadedDenoiser(Loaded):
         """How images are drawn, checked against the model.
 
         Args:
-            settings: sampler, steps, guidance, rescale, perturb_scale, perturb,
-                perturb_strength, perturb_heads, perturb_interval, seed of
-                `training.settings.DrawConfig`.
+            settings: fields of `training.settings.DrawConfig`: those that
+                `draw_flags.FIELDS` names.
 
         Raises:
             UserError: for values out of range, guidance that the model was not trained

@@ -25,9 +25,9 @@ from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers.requests import check_request
 from attnjax.mixers.slots import (
     across_devices,
-    blending,
     cache,
     explicit,
+    fused_blends,
     options,
     probes,
     reach,
@@ -337,8 +337,7 @@ class Mixer(nnx.Module):
         for slot in self.slots():
             spec, operands = slot.attend(x, spec, operands, call)
         hooks = [h for h in call.ctx.hooks if h.what in ("scores", "weights")]
-        blends = all(hook.action in blending.ACTIONS for hook in hooks)
-        if hooks and (spec.epilogue or not blends):
+        if hooks and not fused_blends.fits(hooks, spec):
             return explicit.attention(*qkv, spec, operands, call)
         run = partial(
             across_devices.attention,
@@ -348,7 +347,7 @@ class Mixer(nnx.Module):
             form=call.ctx.sequence_form,
         )
         try:
-            return _blended(hooks, run, qkv, spec, operands, call)
+            return fused_blends.attention(hooks, run, qkv, spec, operands, call.ctx)
         except NotImplementedError as error:
             kernel = self.dims.kernel
             raise UserError(f"config.model.kernel={kernel}: {error}") from error
@@ -428,31 +427,6 @@ class Mixer(nnx.Module):
             operands["q_offset"] = first
         mask = reach.mask(ctx, self.reach, segments=True)
         return (query, state.key, state.value), mask, operands, state
-
-
-def _blended(hooks, run, qkv, spec, operands: dict, call: Call):
-    """What `run` gives, its heads moved by the hooks (`blending`)."""
-    out = run(*qkv, spec, operands)
-    if not hooks:
-        return out
-    heads, *log_sums = out if spec.return_lse else (out,)
-    query, key, value = qkv
-
-    def mean():
-        if spec.mask == kernels.Full() and "kv_mask" not in operands:
-            groups = query.shape[2] // value.shape[2]
-            wide = jnp.promote_types(value.dtype, jnp.float32)
-            flat = jnp.mean(value, axis=1, keepdims=True, dtype=wide)
-            return jnp.repeat(flat, groups, axis=2)
-        # Scores of 0 weigh all keys that the mask shows alike.
-        plain = kernels.AttentionSpec(mask=spec.mask)
-        gone = {o.name for o in spec.operands} - {o.name for o in plain.operands}
-        kept = {name: a for name, a in operands.items() if name not in gone}
-        return run(jnp.zeros_like(query), key, value, plain, kept)
-
-    for hook in hooks:
-        heads = blending.of_heads(hook, call.ctx, heads, value, mean)
-    return (heads, *log_sums) if spec.return_lse else heads
 
 
 def _check_kernel(name: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from attnjax.core import schema
+from attnjax.core.errors import nearest
 from attnjax.tasks.denoising import perturbing
 
 
@@ -69,6 +70,7 @@ PERTURB_OPTIONS = (
     "perturb_strength",
     "perturb_heads",
     "perturb_interval",
+    "perturb_decay",
 )
 
 
@@ -89,11 +91,15 @@ class DrawConfig:
         perturb_scale: w of guidance by a pass with perturbed attention,
             w (f_c - f_pert) added to the prediction (0: none).
         perturb: what the weights of its heads are moved to: "identity" (every token
-            sees itself) or "uniform" (all alike).
-        perturb_strength: how far, u in (0, 1].
+            sees itself), "uniform" (all alike), "largest" (the one it sees most),
+            "mean_query" (what the mean query sees); to the identity along a curve:
+            "slerp", "nlerp", "log_linear"; or "temperature".
+        perturb_strength: how far, u in (0, 1]; the temperature, which 1 changes not.
         perturb_heads: which heads: "all", or layers with their heads from 0, as
             "2:0,1;3:all".
         perturb_interval: noise levels, from 0 (clean) to 1, in which it acts.
+        perturb_decay: what w loses on the way from noise to data, where it reaches
+            max(0, w - perturb_decay).
         seed: of the noise.
     """
 
@@ -108,6 +114,7 @@ class DrawConfig:
     perturb_strength: float = 1.0
     perturb_heads: str = "all"
     perturb_interval: tuple[float, float] = (0.0, 1.0)
+    perturb_decay: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -141,12 +148,14 @@ class DrawConfig:
                 )
         if self.perturb not in perturbing.TARGETS:
             raise ValueError(
-                f"perturb must be one of {', '.join(perturbing.TARGETS)}; got "
-                f"{self.perturb!r}."
+                f"perturb: unknown target {self.perturb!r}. "
+                + nearest(self.perturb, perturbing.TARGETS)
             )
-        if not 0 < self.perturb_strength <= 1:
+        if self.perturb_scale:
+            perturbing.check_strength(self.perturb, self.perturb_strength)
+        if not self.perturb_decay >= 0:
             raise ValueError(
-                f"perturb_strength must be in (0, 1]; got {self.perturb_strength}."
+                f"perturb_decay must not be negative; got {self.perturb_decay}."
             )
         low, high = self.perturb_interval
         if not 0 <= low < high <= 1:

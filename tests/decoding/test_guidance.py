@@ -171,6 +171,27 @@ def test_a_push_acts_within_its_interval_and_runs_nowhere_else():
     assert ran == [3]
 
 
+def test_a_push_that_decays_weighs_less_the_less_noise_there_is():
+    weight, decay = 3.0, 4.0
+    level = Gaussian().level
+    # max(0, w - a (1000 - t)) of steps 1..1000, which here count from 0 to 999.
+    left = np.maximum(0, weight - decay * (1 - np.asarray(TIMES) / 999))
+    assert left[0] == 0 < left[1] < left[2] < weight
+    (f_c, f_u), f_pert = halves(), Perturbed()(X, TIMES, LABELS)
+    for d in (decay, jnp.float32(decay)):
+        push = Push(Perturbed(), weight, decay=d)
+        output, _ = run(2.5, push=push, level=level)
+        expected = f_u + 2.5 * (f_c - f_u)
+        expected += left.reshape(-1, 1, 1, 1) * (f_c - f_pert)
+        np.testing.assert_allclose(
+            output[..., :4], expected[..., :4], rtol=2e-4, atol=1e-5
+        )
+    both = Push(Perturbed(), weight, (0.0, 0.6), decay)
+    output, _ = run(2.5, push=both, level=level)
+    np.testing.assert_array_equal(output[2], run(2.5)[0][2])
+    assert np.abs(output[1] - run(2.5)[0][1]).max() > 0.01
+
+
 def test_perturbed_guidance_pushes_away_from_the_perturbed_pass():
     f_c, f_pert, f_u = X[0], X[1], X[2]
     alone = perturbed_guidance(f_c, f_pert, weight=3.0)
@@ -196,6 +217,8 @@ def test_perturbed_guidance_pushes_away_from_the_perturbed_pass():
         ({"push": Push(Network(), -1.0)}, "weight of a push must not be negative; got"),
         ({"push": Push(Network(), 1.0, (0.5, 1.5))}, "two rising noise levels"),
         ({"push": Push(Network(), 1.0, (0.2, 0.6))}, "an interval needs level"),
+        ({"push": Push(Network(), 1.0, decay=-1.0)}, "decay of a push must not be"),
+        ({"push": Push(Network(), 1.0, decay=1.0)}, "a decay needs level"),
         ({"rescale": 1.5}, r"rescale must be in \[0, 1\]; got rescale=1.5"),
     ],
 )

@@ -91,6 +91,14 @@ def test_perturbed_heads_push_the_draw_and_numbers_compile_once():
     first, second = (drawn(perturb_scale=w, **one) for w in (1.0, 3.0))
     still = drawn(steps=1)
     np.testing.assert_allclose(second - still, 3 * (first - still), atol=1e-5)
+    # At the first step of noise alone a decay has taken nothing yet.
+    decayed = drawn(perturb_scale=3.0, perturb_decay=3.0, **one)
+    np.testing.assert_allclose(decayed, second, atol=1e-6)
+    # The second of two steps begins at noise level 1/2, where nothing is left.
+    half = drawn(perturb_scale=2.0, perturb_decay=4.0)
+    near = drawn(perturb_scale=2.0, perturb_interval=(0.6, 1.0))
+    np.testing.assert_allclose(half, near, atol=1e-6)
+    assert np.abs(half - pushed).max() > 1e-4
     with pytest.raises(UserError, match="layers must be in 0..0; got layer 1"):
         drawn(perturb_scale=1.0, perturb_heads="1:all")
 
@@ -100,7 +108,17 @@ def test_perturbed_heads_push_the_draw_and_numbers_compile_once():
     [
         ({"perturb_scale": -1.0}, "perturb_scale must not be negative; got -1.0"),
         ({"perturb_heads": "0:0"}, "perturb_heads does nothing without perturb_scale"),
-        ({"perturb_scale": 1.0, "perturb": "blur"}, "one of identity, uniform; got"),
+        ({"perturb_scale": 1.0, "perturb": "mean"}, "'mean'. Did you mean mean_query"),
+        ({"perturb_scale": 1.0, "perturb_decay": -1.0}, "not be negative; got -1.0"),
+        ({"perturb_decay": 1.0}, "perturb_decay does nothing without perturb_scale"),
+        (
+            {"perturb_scale": 1.0, "perturb": "temperature"},
+            "perturb_strength does nothing at 1, as the temperature",
+        ),
+        (
+            {"perturb_scale": 1.0, "perturb": "temperature", "perturb_strength": 0.0},
+            "must be positive, as the temperature; got 0.0. perturb=largest",
+        ),
         ({"perturb_scale": 1.0, "perturb_strength": 1.5}, r"in \(0, 1\]; got 1.5"),
         ({"perturb_scale": 1.0, "perturb_heads": "x"}, "must be 'all' or layers"),
         ({"perturb_scale": 1.0, "perturb_interval": [0.6, 0.2]}, "two rising noise"),

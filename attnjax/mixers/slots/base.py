@@ -58,20 +58,20 @@ class Call:
         self.notes: dict[int, jax.Array] = {}
 
     def intervene(
-        self, what: str, array: jax.Array, *, head_axis=None, seen=None
+        self, what: str, array: jax.Array, *, head_axis=None, rows=None
     ) -> jax.Array:
-        """`array` after the interventions on `what`; `seen`: see `probes.intervene`."""
-        return probes.intervene(self.ctx, what, array, head_axis=head_axis, seen=seen)
+        """`array` after the interventions on `what`; `rows`: see `probes.intervene`."""
+        return probes.intervene(self.ctx, what, array, head_axis=head_axis, rows=rows)
 
     def record(self, what: str, array: jax.Array, *, head_axis=None) -> None:
         """Keep `array` for the hooks that read `what`."""
         self.records |= probes.records(self.ctx, what, array, head_axis=head_axis)
 
     def probe(
-        self, what: str, array: jax.Array, *, head_axis=None, seen=None
+        self, what: str, array: jax.Array, *, head_axis=None, rows=None
     ) -> jax.Array:
         """Intervene, then record; returns the array to go on with."""
-        array = self.intervene(what, array, head_axis=head_axis, seen=seen)
+        array = self.intervene(what, array, head_axis=head_axis, rows=rows)
         self.record(what, array, head_axis=head_axis)
         return array
 

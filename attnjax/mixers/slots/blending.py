@@ -1,12 +1,21 @@
-"""Weights moved towards a fixed map P: A' = (1 - u) A + u P, with u of each head.
+"""Weights A moved to others A' by a number of each head.
 
-P is the identity, or the mean over the keys that a query sees. Since
-A' V = (1 - u) A V + u P V, the heads of a layer need no A for it.
+    identity    (1 - u) A + u I: every token at itself
+    uniform     (1 - u) A + u P, P the mean over the keys that a query sees
+    largest     (1 - u) A + u P, P one-hot at the largest weight of a row
+    mean_query  (1 - u) A + u P, P the weights of the mean of the queries of the tokens
+                that a query sees: of all, where nothing is masked
+    slerp, nlerp, log_linear  curves from A (u = 0) to the identity (u = 1) in `curves`
+    temperature  softmax(log(A)/tau); its number is tau, and 1 is A
+
+The first two and mean_query need no A, since A' V = (1 - u) A V + u P V, nor does a
+temperature, which divides scores (`fused_blends`).
 
 Source: u = 1, identity: Ahn et al. (perturbed-attention guidance), arXiv 2403.17377;
-other u, the mean, and sets of heads: arXiv 2506.10978.
+mean query: Hong, arXiv 2408.00760; the others, and sets of heads: arXiv 2506.10978.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,15 +23,51 @@ import jax.numpy as jnp
 
 from attnjax.core.context import Context, Hook
 from attnjax.core.errors import UserError
+from attnjax.mixers.slots import curves
 
+PREFIX = "blend_"
 IDENTITY, UNIFORM = "blend_identity", "blend_uniform"
-ACTIONS = (IDENTITY, UNIFORM)
+LARGEST, MEAN_QUERY = "blend_largest", "blend_mean_query"
+TEMPERATURE = "blend_temperature"
+CURVES = {
+    "blend_slerp": curves.slerp,
+    "blend_nlerp": curves.nlerp,
+    "blend_log_linear": curves.log_linear,
+    TEMPERATURE: curves.tempered,
+}
+ACTIONS = (IDENTITY, UNIFORM, LARGEST, MEAN_QUERY, *CURVES)
+TARGETS = tuple(action.removeprefix(PREFIX) for action in ACTIONS)
+# The diagonal is that of tokens and their own keys.
+OF_OWN_KEYS = (IDENTITY, MEAN_QUERY, "blend_slerp", "blend_nlerp", "blend_log_linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a mechanism tells of its rows of weights [B, H, T, S].
+
+    Attributes:
+        seen: bool, broadcasts to the weights: which keys a query sees.
+        rest: [B, H, T, 1], the share that a sink takes of a row; None where rows are
+            not shares of 1 (`curves`).
+        smoothed: the weights [B, H, T, S] of queries that are means of all queries, by
+            the weights of the means [B, H, T, T].
+    """
+
+    seen: jax.Array
+    rest: jax.Array | None
+    smoothed: Callable[[jax.Array], jax.Array]
+
+
+def neutral(action: str) -> float:
+    """The number that changes nothing."""
+    return 1.0 if action == TEMPERATURE else 0.0
 
 
 def shares(hook: Hook, ctx: Context, num_heads: int) -> jax.Array:
-    """u of every head, float [H]; 0 of heads that the hook does not name.
+    """The number of every head, float [H]; the neutral one of heads that the hook does
+    not name.
 
-    The hook's array is one share, one a head [N], or one a layer and head
+    The hook's array is one number, one a head [N], or one a layer and head
     [layers, N] of which this layer takes its row; N is H, or the number of
     `hook.heads`.
 
@@ -44,69 +89,83 @@ def shares(hook: Hook, ctx: Context, num_heads: int) -> jax.Array:
     own = given[ctx.layer_index] if given.ndim == 2 else given
     if hook.heads is None:
         return jnp.broadcast_to(own, (num_heads,))
-    return jnp.zeros((num_heads,), given.dtype).at[jnp.asarray(named)].set(own)
+    others = jnp.full((num_heads,), neutral(hook.action), given.dtype)
+    return others.at[jnp.asarray(named)].set(own)
 
 
 def of_weights(
-    hook: Hook, ctx: Context, weights: jax.Array, *, seen: jax.Array | None
+    hook: Hook, ctx: Context, weights: jax.Array, *, rows: Rows | None
 ) -> jax.Array:
     """A' [B, H, T, S] of weights A, written out.
 
     Args:
-        seen: bool, broadcasts to `weights`: which keys a query sees; None where the
-            mechanism does not tell.
+        rows: what is known of them; None where the mechanism does not tell.
 
     Raises:
-        UserError: for the identity with other keys than the queries' own, and for the
-            mean without `seen`.
+        UserError: for what needs own keys with other keys than the queries' own, and
+            what needs more of the rows than the mechanism tells.
     """
     share = shares(hook, ctx, weights.shape[1]).astype(weights.dtype)[:, None, None]
-    if hook.action == IDENTITY:
+    if hook.action in OF_OWN_KEYS:
         check_own_keys(hook, weights.shape[2], weights.shape[3])
+    _check_rows(hook, rows)
+    if hook.action in CURVES:
+        curve = CURVES[hook.action]
+        return curve(weights, share, seen=rows.seen, rest=rows.rest)
+    if hook.action == IDENTITY:
         target = jnp.eye(weights.shape[-1], dtype=weights.dtype)
-    elif seen is None:
-        raise UserError(
-            f"hook {hook.name!r}: blend_uniform needs a mechanism that tells which "
-            "keys a query sees; this one does not. Use action='blend_identity'."
-        )
+    elif hook.action == LARGEST:
+        target = curves.largest(weights)
     else:
-        seen = jnp.broadcast_to(seen, weights.shape).astype(weights.dtype)
-        count = jnp.sum(seen, axis=-1, keepdims=True)
-        target = seen / jnp.where(count > 0, count, 1)
+        target = mean_over_seen(rows.seen, weights)
+        target = target if hook.action == UNIFORM else rows.smoothed(target)
     return (1 - share) * weights + share * target
 
 
+def mean_over_seen(seen: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weights, like `weights`, that are the same for all keys that a query sees."""
+    seen = jnp.broadcast_to(seen, weights.shape).astype(weights.dtype)
+    count = jnp.sum(seen, axis=-1, keepdims=True)
+    return seen / jnp.where(count > 0, count, 1)
+
+
 def of_heads(
-    hook: Hook,
-    ctx: Context,
-    heads: jax.Array,
-    value: jax.Array,
-    mean: Callable[[], jax.Array],
+    hook: Hook, ctx: Context, heads: jax.Array, target: jax.Array
 ) -> jax.Array:
-    """A' V [B, T, H, E] of heads A V, without A.
+    """(1 - u) A V + u P V [B, T, H, E] of heads A V.
 
     Args:
         heads: [B, T, H, E].
-        value: [B, S, K, E].
-        mean: gives the mean of the values that each query sees, and broadcasts to
-            `heads`; called for blend_uniform alone.
+        target: P V, broadcasts to `heads`.
     """
     share = shares(hook, ctx, heads.shape[2])[:, None]
-    if hook.action == IDENTITY:
-        check_own_keys(hook, heads.shape[1], value.shape[1])
-        target = jnp.repeat(value, heads.shape[2] // value.shape[2], axis=2)
-    else:
-        target = mean()
     wide = jnp.promote_types(heads.dtype, jnp.float32)
     share, target = share.astype(wide), target.astype(wide)
     return ((1 - share) * heads.astype(wide) + share * target).astype(heads.dtype)
 
 
 def check_own_keys(hook: Hook, queries: int, keys: int) -> None:
-    """Refuse the identity where keys are not those of the queries' own tokens."""
+    """Refuse a diagonal where keys are not those of the queries' own tokens."""
     if queries != keys:
         raise UserError(
-            f"hook {hook.name!r}: blend_identity needs self-attention, a key for each "
+            f"hook {hook.name!r}: {hook.action} needs self-attention, a key for each "
             f"query; got {queries} queries and {keys} keys. Use another layer, or "
             "action='blend_uniform'."
+        )
+
+
+def _check_rows(hook: Hook, rows: Rows | None) -> None:
+    """Refuse what needs to know more of the rows."""
+    if hook.action in (IDENTITY, LARGEST):
+        return
+    if rows is None:
+        raise UserError(
+            f"hook {hook.name!r}: {hook.action} needs a mechanism that tells which "
+            "keys a query sees; this one does not. Use action='blend_identity'."
+        )
+    if hook.action in CURVES and rows.rest is None:
+        raise UserError(
+            f"hook {hook.name!r}: {hook.action} needs rows that softmax makes, shares "
+            "of 1; those of this layer come from another weight map or are taken "
+            "again. Use action='blend_identity'."
         )

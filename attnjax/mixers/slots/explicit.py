@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from attnjax import kernels
 from attnjax.kernels import epilogue, tiles
+from attnjax.mixers.slots import blending
 from attnjax.mixers.slots.base import Call
 
 
@@ -47,16 +48,28 @@ def attention(
     mask = tiles.visible(spec, tile)
     wide = request.compute_dtype
     q, k, v = (tiles.heads_first(x.astype(wide)) for x in (query, key, value))
-    scores = tiles.score_chain(spec, tile)(request.scale * tiles.products(q, k), {})
-    scores = call.intervene("scores", scores, head_axis=1)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
+
+    def scores_of(q):
+        scores = request.scale * tiles.products(q, k)
+        scores = tiles.score_chain(spec, tile)(scores, {})
+        scores = call.intervene("scores", scores, head_axis=1)
+        return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+
+    def weights_of(scores):
+        weights, lse, rest = _weights(spec, scores, operands)
+        if spec.reweight is None:
+            return weights, lse, rest
+        return _taken_again(spec.reweight, weights, tile), lse, None
+
+    scores = scores_of(q)
     call.record("scores", scores, head_axis=1)
-    weights, lse = _weights(spec, scores, operands)
-    if spec.reweight is not None:
-        weights = _taken_again(spec.reweight, weights, tile)
-    seen = scores > -jnp.inf
-    weights = call.probe("weights", weights, head_axis=1, seen=seen)
+    weights, lse, rest = weights_of(scores)
+    rows = blending.Rows(
+        seen=scores > -jnp.inf,
+        rest=rest,
+        smoothed=lambda mean: weights_of(scores_of(tiles.mix(mean, q)))[0],
+    )
+    weights = call.probe("weights", weights, head_axis=1, rows=rows)
     out = tiles.heads_first(tiles.mix(weights, v))
     out = epilogue.run_steps(spec.epilogue, out, given).astype(query.dtype)
     return (out, jnp.swapaxes(lse, 1, 2)) if spec.return_lse else out
@@ -64,13 +77,17 @@ def attention(
 
 def _weights(spec: kernels.AttentionSpec, scores: jax.Array, operands):
     """The weight map on whole rows, and their log-sums [B, H, T] (None without a
-    sum); a row that sees nothing is 0."""
+    sum); a row that sees nothing is 0.
+
+    Third, the share of a row that a sink takes, [B, H, T, 1], where softmax makes
+    shares, else None.
+    """
     weight_map = spec.weight_map
     seen = scores > -jnp.inf
     # Formulas get finite scores: not all of them are 0, or finite, at -inf.
     finite = jnp.where(seen, scores, 0)
     if not weight_map.needs_sum:
-        return jnp.where(seen, weight_map.unnormalized(finite, None), 0), None
+        return jnp.where(seen, weight_map.unnormalized(finite, None), 0), None, None
     sink = weight_map.sink_logit(dict(operands))
     if sink is not None:
         sink = jnp.reshape(jnp.asarray(sink, scores.dtype), (1, -1, 1, 1))
@@ -80,11 +97,12 @@ def _weights(spec: kernels.AttentionSpec, scores: jax.Array, operands):
     if weight_map.split:
         summed = jnp.where(seen, weight_map.summed(finite, shift), 0)
     total = jnp.sum(summed, axis=-1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp(sink - shift)
+    taken = jnp.zeros_like(total) if sink is None else jnp.exp(sink - shift)
+    total = total + taken
     safe = jnp.where(total > 0, total, 1)
     lse = jnp.where(total > 0, jnp.log(safe) + shift, -jnp.inf)
-    return found / safe, lse[..., 0]
+    rest = taken / safe if isinstance(weight_map, kernels.Softmax) else None
+    return found / safe, lse[..., 0], rest
 
 
 def _shift(weight_map: kernels.WeightMap, scores: jax.Array, sink) -> jax.Array:

@@ -74,7 +74,7 @@ def intervene(
     array: jax.Array,
     *,
     head_axis: int | None,
-    seen: jax.Array | None = None,
+    rows: blending.Rows | None = None,
 ) -> jax.Array:
     """`array` after every intervention on `what`, in the order of the hooks.
 
@@ -82,7 +82,7 @@ def intervene(
     those of blends are shares (`blending.shares`).
 
     Args:
-        seen: of weights: bool, which keys a query sees, where that is known.
+        rows: of weights: what the mechanism tells of them.
     """
     for hook in ctx.hooks:
         if hook.what != what or hook.action == "record":
@@ -93,7 +93,7 @@ def intervene(
                     f"hook {hook.name!r}: {hook.action} needs weights of heads over "
                     f"keys, [B, H, T, S]; these have shape={array.shape}."
                 )
-            array = blending.of_weights(hook, ctx, array, seen=seen)
+            array = blending.of_weights(hook, ctx, array, rows=rows)
             continue
         change = INTERVENTIONS[hook.action]
         operand = jnp.asarray(ctx.interventions[hook.name], array.dtype)

@@ -16,10 +16,21 @@ import numpy as np
 
 from attnjax.core.context import Context, Hook
 from attnjax.core.errors import UserError, unknown
+from attnjax.mixers.slots import blending
 
-# What the weights of a head are moved to: every token at itself, or at all alike.
-Target = Literal["identity", "uniform"]
+# What the weights of a head are moved to, or along: see `mixers.slots.blending`.
+Target = Literal[
+    "identity",
+    "uniform",
+    "largest",
+    "mean_query",
+    "slerp",
+    "nlerp",
+    "log_linear",
+    "temperature",
+]
 TARGETS = get_args(Target)
+TEMPERATURE = "temperature"
 ALL = "all"
 
 
@@ -51,6 +62,28 @@ def parse(text: str) -> dict[int, tuple[int, ...] | None] | None:
     return chosen
 
 
+def check_strength(target: str, strength: float) -> None:
+    """Refuse a number that a target cannot have, or with which it does nothing.
+
+    Raises:
+        ValueError: for a share u out of (0, 1], or a temperature that is 1 or not
+            positive.
+    """
+    if target != TEMPERATURE:
+        if not 0 < strength <= 1:
+            raise ValueError(f"perturb_strength must be in (0, 1]; got {strength}.")
+    elif not strength > 0:
+        raise ValueError(
+            "perturb_strength must be positive, as the temperature; got "
+            f"{strength}. perturb=largest is its limit at 0."
+        )
+    elif strength == 1:
+        raise ValueError(
+            "perturb_strength does nothing at 1, as the temperature; got perturb="
+            "temperature, perturb_strength=1. Less is sharper, more is flatter."
+        )
+
+
 def text_of(pairs: Iterable[tuple[int, int]]) -> str:
     """The text that `parse` reads of (layer, head) pairs."""
     layers = {}
@@ -61,10 +94,13 @@ def text_of(pairs: Iterable[tuple[int, int]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """A' = (1 - u) A + u P in some layers, u of each head an array: static, hashable.
+    """Weights A moved in some layers, by a number of each head: static, hashable.
+
+    The numbers are an array: the share u of A' = (1 - u) A + u P, how far u on a curve
+    from A to the identity, or a temperature.
 
     Attributes:
-        target: P: "identity", or "uniform" over the tokens that are seen.
+        target: of `TARGETS`.
         num_layers: of the model.
         sites: (layer, its number of heads H) where weights are moved.
     """
@@ -82,13 +118,13 @@ class Perturbation:
         return tuple((layer, head) for layer, n in self.sites for head in range(n))
 
     def shares(self, pairs: Iterable[tuple[int, int]], strength: float) -> np.ndarray:
-        """float32 [layers, most heads of a layer]: u of the pairs, 0 of the others.
+        """float32 [layers, most heads of a layer]: the number of the pairs, and of the
+        others the one that changes nothing.
 
         Raises:
             UserError: for a pair that is not of the sites, or no pair.
         """
-        most = max(n for _, n in self.sites)
-        found, known = np.zeros((self.num_layers, most), np.float32), self.pairs()
+        found, known = self.unmoved(), self.pairs()
         pairs = tuple(pairs)
         if not pairs:
             raise UserError("perturb: at least one head must be chosen; got none.")
@@ -102,14 +138,24 @@ class Perturbation:
             found[layer, head] = strength
         return found
 
+    def unmoved(self) -> np.ndarray:
+        """The shares with which no head is moved."""
+        most = max(n for _, n in self.sites)
+        fill = blending.neutral(self.action)
+        return np.full((self.num_layers, most), fill, np.float32)
+
+    @property
+    def action(self) -> str:
+        """Of the hooks."""
+        return blending.PREFIX + self.target
+
     def context(self, ctx: Context, shares: jax.Array) -> Context:
         """`ctx` with the hooks that move the weights by `shares`."""
         hooks, operands = [], {}
         for count in sorted({n for _, n in self.sites}):
             name = f"perturb_{count}_heads"
             layers = tuple(layer for layer, n in self.sites if n == count)
-            action = f"blend_{self.target}"
-            hooks.append(Hook(name, "weights", layers=layers, action=action))
+            hooks.append(Hook(name, "weights", layers=layers, action=self.action))
             operands[name] = shares[:, :count]
         return ctx.replace(
             hooks=(*ctx.hooks, *hooks), interventions=ctx.interventions | operands

@@ -8,6 +8,7 @@ import pytest
 from attnjax.core import schema
 from attnjax.core.context import Hook
 from attnjax.core.errors import UserError
+from attnjax.mixers.slots import blending
 from attnjax.models import dit
 from attnjax.tasks.denoising import perturbing
 
@@ -107,12 +108,23 @@ def test_layers_with_other_numbers_of_heads_have_their_own():
     assert found.shares(pairs, 1.0).tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
+def test_targets_are_those_of_the_hooks_and_the_rest_is_left_as_it_is():
+    assert perturbing.TARGETS == blending.TARGETS
+    made, _ = perturbing.choose(make(), target="temperature", heads="1:2")
+    assert made.action == blending.TEMPERATURE
+    assert made.unmoved().tolist() == [[1, 1, 1]] * 3
+    numbers = made.shares([(1, 2)], 0.5)
+    assert numbers.tolist() == [[1, 1, 1], [1, 1, 0.5], [1, 1, 1]]
+    curve, _ = perturbing.choose(make(), target="slerp", heads="all")
+    assert not curve.unmoved().any()
+
+
 @pytest.mark.parametrize(
     ("options", "choice", "message"),
     [
         ({}, {"heads": "3:0"}, r"layers must be in 0..2; got layer 3"),
         ({}, {"heads": "1:3"}, r"\{1: 3\} \(layer: heads\); got layer 1, head 3"),
-        ({}, {"target": "sharp"}, "unknown target 'sharp'.*identity.*uniform"),
+        ({}, {"target": "slurp"}, "unknown target 'slurp'. Did you mean slerp"),
         (
             {"layers": "linear_attention"},
             {"target": "uniform"},
