@@ -24,7 +24,7 @@ from attnjax.core.spec import MixerDims
 from attnjax.models import matching, mixer_choice, schedule
 from attnjax.models.block import Block, BlockDims
 from attnjax.models.layout import Layout
-from attnjax.models.stack import Stack, StackOut
+from attnjax.models.stack import Stack, StackOut, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,6 +342,11 @@ class Backbone:
             rngs=rngs,
         )
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Those of all layers, in order."""
+        return (self.stack,)
+
     def _make_ends(self, rngs: nnx.Rngs) -> nnx.Module:
         """What stands before and after the layers."""
         raise NotImplementedError
@@ -354,7 +359,11 @@ class Backbone:
         """
         key = jax.random.key(seed)
         params = nn.materialize(self._make_ends(nnx.Rngs(params=key)), key)
-        params["layers"], layer_buffers = self.stack.init(key)
+        params["layers"], layer_buffers = {}, {}
+        for stack in self.stacks:
+            own, state = stack.init(key)
+            params["layers"] |= own
+            layer_buffers |= state
         return params, {"layers": layer_buffers, "streams": self._streams(key)}
 
     def _streams(self, key: jax.Array) -> dict:
@@ -451,7 +460,12 @@ class Backbone:
         carried = carried_starts(self.carried, x.shape[:2], x.dtype)
         carried = {name: ctx.spread(start) for name, start in carried.items()}
         ctx = ctx.replace(embeddings=x, streams=streams, carried=carried)
-        x, out = self.stack.apply(params["layers"], buffers["layers"], x, ctx)
+        parts = []
+        for stack in self.stacks:
+            x, part = stack.part(params["layers"], buffers["layers"], x, ctx)
+            ctx = ctx.replace(streams=part.streams, carried=part.carried)
+            parts.append(part)
+        out = joined(parts)
         whole = buffers | {"layers": out.buffers}
         return x, dataclasses.replace(out, buffers=whole)
 

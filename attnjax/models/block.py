@@ -152,19 +152,28 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, dict, MixerOut]:
         """[B, T, C] and the raw streams -> the same, and the mixer's MixerOut."""
         ctx = ctx.replace(streams=self.normed(streams))
-        steered = self._steered(ctx)
-        x = _placed(x, self.conv_mixer, ctx)
-        y, out = self.mixer(_read(self.norm_mixer(x), steered[:3]), ctx)
+        steered = self.steered(ctx)
+        x, read = self.read(x, steered, ctx)
+        y, out = self.mixer(read, ctx)
         if streams:
             streams = self.run_streams(streams, ctx, added=out.streams)
+        return self.write(x, y, steered, ctx), streams, out
+
+    def read(self, x: jax.Array, steered, ctx: Context) -> tuple[jax.Array, jax.Array]:
+        """[B, T, C] -> x with its positions, and what the mixer reads of it."""
+        x = _placed(x, self.conv_mixer, ctx)
+        return x, _read(self.norm_mixer(x), steered[:3])
+
+    def write(self, x: jax.Array, y: jax.Array, steered, ctx: Context) -> jax.Array:
+        """x [B, T, C] with what the mixer gave, y, and with what the MLP adds."""
         x = self._add(x, _gated(self._of_mixer(y), steered[:3]), ctx, 0)
         if self.has_mlp:
             x = _placed(x, self.conv_mlp, ctx)
             y = self._of_mlp(x, steered[3:])
             x = self._add(x, _gated(y, steered[3:]), ctx, 1)
-        return x, streams, out
+        return x
 
-    def _steered(self, ctx: Context) -> list[jax.Array]:
+    def steered(self, ctx: Context) -> list[jax.Array]:
         """Shift, scale and gate of each sub-layer; nothing without a modulation."""
         if self.modulation is None:
             return []

@@ -16,6 +16,7 @@ from attnjax.nn.grid_positions import (
     resample_table,
     rope_on_grid,
     sincos_2d,
+    sincos_at,
 )
 from attnjax.nn.linear import Linear, axes_apart
 from attnjax.nn.mlp import ACTIVATIONS, MLP, mlp_parameters_per_unit
@@ -68,6 +69,7 @@ __all__ = [
     "rope_on_grid",
     "shifted",
     "sincos_2d",
+    "sincos_at",
     "time_features",
     "turned",
     "unpatchify",

@@ -106,14 +106,33 @@ def sincos_2d(
         reaches_end: whether the last frequency is 1 / temperature, or the one that
             would follow it.
     """
+    ends = zip(grid, trained or grid, strict=True)
+    rows, columns = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in ends)
+    return sincos_at(
+        rows, columns, dim, temperature=temperature, reaches_end=reaches_end
+    )
+
+
+def sincos_at(
+    rows: np.ndarray,
+    columns: np.ndarray,
+    dim: int,
+    *,
+    temperature: float = 10000.0,
+    reaches_end: bool = True,
+) -> np.ndarray:
+    """`sincos_2d` of the places where these rows and columns cross, float64 [h * w, C].
+
+    Args:
+        rows, columns: coordinates [h] and [w].
+        dim, temperature, reaches_end: as there.
+    """
     if dim % 4 or dim < 8:
         raise ValueError(
             f"sincos_2d: dim must be a multiple of 4 and at least 8; got dim={dim}."
         )
     count = dim // 4
     frequency = temperature ** (-np.arange(count) / (count - reaches_end))
-    ends = zip(grid, trained or grid, strict=True)
-    rows, columns = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in ends)
     row, column = np.meshgrid(rows, columns, indexing="ij")
     angle = [place.reshape(-1, 1) * frequency for place in (column, row)]
     return np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)], axis=1)

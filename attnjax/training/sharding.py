@@ -28,6 +28,8 @@ LOGICAL_AXES = (
     (r"(class_token|registers|classes)/table$", (None, "embed")),
     (r"time/hidden/kernel$", (None, "embed")),
     (r"(time/out|modulation/linear)/kernel$", ("embed", None)),
+    (r"(context|pooled/hidden)/kernel$", (None, "embed")),
+    (r"pooled/out/kernel$", ("embed", None)),
     (r"(patches|(stem|downsampling)/\w+)/kernel$", (None, "embed")),
     (r"pool/query$", (None, "embed")),
     (r"(pool/value|head_hidden)/kernel$", ("embed", None)),
@@ -45,6 +47,7 @@ ENDS = (
     *("token_embedding", "position_embedding", "head"),
     *("patches", "class_token", "registers", "pool", "head_hidden"),
     *("stem", "downsampling", "time", "classes", "final_modulation"),
+    *("text_encoder", "context", "pooled"),
 )
 
 RULES = {
