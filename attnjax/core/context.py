@@ -28,6 +28,8 @@ class Context:
         memory: [B, S, C] or None, what cross-attention attends to.
         memory_segment_ids: int32 [B, S] or None, for `memory`; 0 is padding.
         embeddings: [B, T, C] or None, the token embeddings that entered the stack.
+        residual: [B, T, C] or None, the residual stream that the layer's norm has
+            made the input from, for mixers with `reads_residual`.
         streams: extra residual streams by name, each [1, T, C], already normalised
             by the block like the mixer's input; entry p stands at position p of a
             document. Empty while decoding: `init_state` is given them.
@@ -62,6 +64,7 @@ class Context:
     memory: jax.Array | None = None
     memory_segment_ids: jax.Array | None = None
     embeddings: jax.Array | None = None
+    residual: jax.Array | None = None
     streams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     carried: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     places: jax.Array | None = None

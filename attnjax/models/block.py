@@ -94,6 +94,7 @@ class Block(nnx.Module):
         self.norm_mixer = norm()
         self.post_norm_mixer = norm() if dims.post_norm else None
         self.mixer = make_mixer(rngs=rngs)
+        self.reads_residual = getattr(self.mixer, "reads_residual", False)
         self.layer_scale_mixer = self._layer_scale(rngs)
         if self.has_mlp:
             self.conv_mlp = self._convolution(rngs)
@@ -154,7 +155,8 @@ class Block(nnx.Module):
         ctx = ctx.replace(streams=self.normed(streams))
         steered = self.steered(ctx)
         x, read = self.read(x, steered, ctx)
-        y, out = self.mixer(read, ctx)
+        told = ctx.replace(residual=x) if self.reads_residual else ctx
+        y, out = self.mixer(read, told)
         if streams:
             streams = self.run_streams(streams, ctx, added=out.streams)
         return self.write(x, y, steered, ctx), streams, out
