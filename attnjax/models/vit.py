@@ -332,7 +332,7 @@ class ViT(backbone.Backbone):
         """
         image_sizes.check_batch(self, images)
         ends = self._merge(params)
-        x = ends.patches(self._from_anchor(images))
+        x = ends.patches(self.from_anchor(images))
         if ends.conv_positions is not None:
             x = x + ends.conv_positions(x, self.grid)
         fixed, first = self._added_positions(ends)
@@ -346,7 +346,7 @@ class ViT(backbone.Backbone):
         rows = [jnp.broadcast_to(e, (len(x), *e.shape)) for e in extra]
         return jnp.concatenate([*rows, x], axis=1)
 
-    def _from_anchor(self, images: jax.Array) -> jax.Array:
+    def from_anchor(self, images: jax.Array) -> jax.Array:
         """[B, H, W, Ch] as the patches are cut from it."""
         positions, stride = self.config.positions, (self.config.patch_size,) * 2
         if positions not in ("anchored_conv", "anchored_learned"):
