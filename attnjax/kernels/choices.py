@@ -13,6 +13,9 @@ from types import ModuleType
 from attnjax.kernels.linear.request import LinearRequest
 from attnjax.kernels.request import Request
 
+# What computes a call whose weights are read: none of the implementations returns them.
+EXPLICIT = "explicit"
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -21,8 +24,8 @@ class Choice:
     Attributes:
         request: the call.
         wanted: the implementation that a run on the target would take.
-        used: the one taken here.
-        reason: why they differ, "" where they do not.
+        used: the one taken here; `EXPLICIT` for none, as `wanted` then is.
+        reason: why they differ, "" where they do not; why there is none.
     """
 
     request: Request | LinearRequest
@@ -44,7 +47,9 @@ class Choice:
     def __str__(self) -> str:
         """What runs, on which shapes, and instead of what."""
         text = f"{self.used}: {self.shapes}"
-        if self.reason:
+        if self.used == EXPLICIT:
+            text += f"; {self.reason}"
+        elif self.reason:
             text += f"; stands in for {self.wanted} ({self.reason})"
         return text
 
@@ -95,10 +100,12 @@ class Watch:
                     "implementation supports the request."
                 )
             module = able[0]
-        choice = Choice(request, wanted, module.NAME, reason)
+        self._note(Choice(request, wanted, module.NAME, reason))
+        return module
+
+    def _note(self, choice: Choice) -> None:
         if choice not in self.choices:
             self.choices.append(choice)
-        return module
 
 
 _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar(
@@ -109,6 +116,14 @@ _watch: contextvars.ContextVar[Watch | None] = contextvars.ContextVar(
 def current() -> Watch | None:
     """The watch in force, if any."""
     return _watch.get()
+
+
+def tell_explicit(request: Request) -> None:
+    """Note a call that is computed outside of the kernels, for whoever is watching."""
+    watch = current()
+    if watch is not None:
+        why = "its weights are read, which no kernel returns"
+        watch._note(Choice(request, EXPLICIT, EXPLICIT, why))
 
 
 @contextlib.contextmanager

@@ -228,11 +228,21 @@ class Mixer(nnx.Module):
 
     # ---- the full pass
 
-    def __call__(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, MixerOut]:
-        """[B, T, C] -> [B, T, C] in the compute dtype."""
+    def __call__(
+        self, x: jax.Array, ctx: Context, *, norm=None
+    ) -> tuple[jax.Array, MixerOut]:
+        """[B, T, C] -> [B, T, C] in the compute dtype.
+
+        Args:
+            x: the normed input, or with `norm` that before it.
+            ctx: the surroundings.
+            norm: x -> x, for layers of `takes_norm`.
+        """
         self.check(ctx, is_step=False)
-        call = Call(ctx)
-        x = call.probe("input", x)
+        call = Call(ctx, reads=self._reads(ctx))
+        for slot in self.slots():
+            x = slot.enter(x, call)
+        x = call.probe("input", x if norm is None else norm(x))
         query = self.make_query(x, call)
         if self.cross:
             key, value = self.make_key_value(self._memory(ctx.memory), call)
@@ -271,11 +281,7 @@ class Mixer(nnx.Module):
             )
 
     def _unshared(self) -> list[str]:
-        return [
-            type(slot).__module__.rsplit(".", 1)[-1]
-            for slot in self.slots()
-            if not slot.sequence
-        ]
+        return [_mechanism(slot) for slot in self.slots() if not slot.sequence]
 
     def known_hooks(self) -> tuple[str, ...]:
         """Every `Hook.what` of this layer."""
@@ -288,6 +294,25 @@ class Mixer(nnx.Module):
                 "one, or set cross=false."
             )
         return memory
+
+    @property
+    def takes_norm(self) -> bool:
+        """Whether the layer reads its input before the block's norm."""
+        return any(slot.enters for slot in self.slots())
+
+    def _reads(self, ctx: Context) -> tuple[str, ...]:
+        """The hooks that output options read in this call."""
+        found: dict[str, None] = {}
+        for slot in self.slots():
+            for what in slot.reads(ctx):
+                if what not in self.known_hooks():
+                    raise UserError(
+                        f"attention: an option of output reads the layer's {what}; got "
+                        f"type={_mechanism(slot)!r} in a mixer without them. Leave it "
+                        "out of this layer."
+                    )
+                found[what] = None
+        return tuple(found)
 
     def gives_shares(self) -> bool:
         """Whether the hook "weights" has rows that are divided by their sum, or by
@@ -427,6 +452,11 @@ class Mixer(nnx.Module):
             operands["q_offset"] = first
         mask = reach.mask(ctx, self.reach, segments=True)
         return (query, state.key, state.value), mask, operands, state
+
+
+def _mechanism(slot) -> str:
+    """The catalog name of an output option."""
+    return type(slot).__module__.rsplit(".", 1)[-1]
 
 
 def _check_kernel(name: str) -> None:

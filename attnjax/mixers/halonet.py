@@ -151,11 +151,11 @@ class Mixer(windowed.Windowed):
                 table = nn.param(rngs, shape, start, dtype=stored)
                 setattr(self, f"relative_{axis}", table)
 
-    def __call__(self, x: jax.Array, ctx: Context):
-        """[B, T, C] -> [B, T, C] in the compute dtype."""
+    def __call__(self, x: jax.Array, ctx: Context, *, norm=None):
+        """[B, T, C] -> [B, T, C] in the compute dtype; `norm` as in `attention`."""
         hooks = self.known_hooks()
         cuts.check_request_on_grid(SPEC, self.dims, x, ctx, hooks=hooks)
-        return super().__call__(x, ctx)
+        return super().__call__(x, ctx, norm=norm)
 
     def make_query(self, x: jax.Array, call: Call) -> jax.Array:
         """As in `attention`; the embeddings read it before its rotation."""

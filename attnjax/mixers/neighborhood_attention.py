@@ -289,8 +289,8 @@ class Mixer(attention.Mixer):
             else None
         )
 
-    def __call__(self, x: jax.Array, ctx: Context):
-        """[B, T, C] -> [B, T, C] in the compute dtype."""
+    def __call__(self, x: jax.Array, ctx: Context, *, norm=None):
+        """[B, T, C] -> [B, T, C] in the compute dtype; `norm` as in `attention`."""
         self.check(ctx, is_step=False)
         if ctx.grid is not None and x.shape[1] != self._num_tokens(ctx):
             raise UserError(
@@ -298,7 +298,7 @@ class Mixer(attention.Mixer):
                 f"extra ones; got T={x.shape[1]}, grid={ctx.grid}, "
                 f"extra_tokens={ctx.extra_tokens}."
             )
-        return super().__call__(x, self._with_mask(ctx))
+        return super().__call__(x, self._with_mask(ctx), norm=norm)
 
     def check(self, ctx: Context, *, is_step: bool) -> None:
         """Refuse what this layer does not do."""

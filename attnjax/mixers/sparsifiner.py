@@ -301,8 +301,8 @@ class Mixer(attention.Mixer):
         its place decides which keys are kept."""
         return (*super().known_hooks(), "estimate")
 
-    def __call__(self, x: jax.Array, ctx: Context):
-        """[B, N, C] -> [B, N, C] in the compute dtype."""
+    def __call__(self, x: jax.Array, ctx: Context, *, norm=None):
+        """[B, N, C] -> [B, N, C] in the compute dtype; `norm` as in `attention`."""
         hooks = self.known_hooks()
         cuts.check_request_on_grid(SPEC, self.dims, x, ctx, hooks=hooks)
         if ctx.extra_tokens != self.dims.prefix_tokens:
@@ -311,7 +311,7 @@ class Mixer(attention.Mixer):
                 f"extra_tokens={ctx.extra_tokens}, made for {self.dims.prefix_tokens}. "
                 "Build the model for them."
             )
-        return super().__call__(x, ctx)
+        return super().__call__(x, ctx, norm=norm)
 
     def attend(self, x, qkv, mask, operands: dict, call: Call, *, spec=None):
         """Dense attention and the loss, or attention to the kept keys."""

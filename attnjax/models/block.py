@@ -156,7 +156,11 @@ class Block(nnx.Module):
         steered = self.steered(ctx)
         x, read = self.read(x, steered, ctx)
         told = ctx.replace(residual=x) if self.reads_residual else ctx
-        y, out = self.mixer(read, told)
+        if getattr(self.mixer, "takes_norm", False):
+            norm = partial(self._normed, steered=steered)
+            y, out = self.mixer(x, told, norm=norm)
+        else:
+            y, out = self.mixer(read, told)
         if streams:
             streams = self.run_streams(streams, ctx, added=out.streams)
         return self.write(x, y, steered, ctx), streams, out
@@ -164,7 +168,11 @@ class Block(nnx.Module):
     def read(self, x: jax.Array, steered, ctx: Context) -> tuple[jax.Array, jax.Array]:
         """[B, T, C] -> x with its positions, and what the mixer reads of it."""
         x = _placed(x, self.conv_mixer, ctx)
-        return x, _read(self.norm_mixer(x), steered[:3])
+        return x, self._normed(x, steered)
+
+    def _normed(self, x: jax.Array, steered) -> jax.Array:
+        """What the mixer reads of [B, T, C]."""
+        return _read(self.norm_mixer(x), steered[:3])
 
     def write(self, x: jax.Array, y: jax.Array, steered, ctx: Context) -> jax.Array:
         """x [B, T, C] with what the mixer gave, y, and with what the MLP adds."""

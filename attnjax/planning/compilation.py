@@ -168,6 +168,8 @@ def failed_kernels(choices, attempt: Callable[[kernels.Choice], None]) -> list[s
     """One line for every kernel that `attempt` cannot compile."""
     lines = []
     for choice in choices:
+        if choice.used == kernels.choices.EXPLICIT:
+            continue
         try:
             attempt(choice)
         except Exception as error:

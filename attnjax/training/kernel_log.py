@@ -18,6 +18,8 @@ def records(choices: Sequence[kernels.Choice]) -> list[dict[str, Any]]:
         if choice.family == "attention":
             family = kernels.dispatch
         reasons = family.reasons(choice.request)
+        if choice.used == kernels.choices.EXPLICIT:
+            reasons = [f"every kernel: {choice.reason}"]
         row = {
             "call": choice.family,
             "used": choice.used,

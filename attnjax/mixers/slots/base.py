@@ -10,7 +10,8 @@ import dataclasses
 import jax
 from flax import nnx
 
-from attnjax.core.context import Context, MixerOut
+from attnjax.core.context import Context, Hook, MixerOut
+from attnjax.core.errors import UserError
 from attnjax.core.spec import MixerDims
 from attnjax.kernels import AttentionSpec
 from attnjax.mixers.slots import probes
@@ -33,13 +34,16 @@ class Heads:
     value_dim: int
 
 
+_READ = "read by a slot: "  # In front of the names of hooks of the layer's own.
+
+
 class Call:
     """One call of a mixer: what slots read, and where they leave what they report.
 
     Made inside the call and gone with it: losses and records leave as values.
 
     Attributes:
-        ctx: the surroundings.
+        ctx: the surroundings; with the hooks that record what slots read.
         is_step: whether this is a decoding step.
         losses: weighted scalars by name.
         metrics: scalars by name that are reported and not trained.
@@ -48,8 +52,11 @@ class Call:
         notes: what a slot keeps for its later hooks in this call, by its `id`.
     """
 
-    def __init__(self, ctx: Context, *, is_step: bool = False):
-        self.ctx = ctx
+    def __init__(
+        self, ctx: Context, *, is_step: bool = False, reads: tuple[str, ...] = ()
+    ):
+        own = tuple(Hook(_READ + what, what) for what in reads)
+        self.ctx = ctx.replace(hooks=(*ctx.hooks, *own)) if own else ctx
         self.is_step = is_step
         self.losses: dict[str, jax.Array] = {}
         self.metrics: dict[str, jax.Array] = {}
@@ -75,12 +82,26 @@ class Call:
         self.record(what, array, head_axis=head_axis)
         return array
 
+    def read(self, what: str) -> jax.Array:
+        """What the layer recorded of `what`, of those that `Slot.reads` names.
+
+        Raises:
+            UserError: in a mixer that did not ask its options what they read.
+        """
+        if _READ + what not in self.records:
+            raise UserError(
+                f"attention: an option of output reads the layer's {what}, which this "
+                "mixer does not give it. Leave the option out of this layer."
+            )
+        return self.records[_READ + what]
+
     def out(self) -> MixerOut:
         """What the mixer returns beside y."""
+        asked = {k: v for k, v in self.records.items() if not k.startswith(_READ)}
         return MixerOut(
             losses=self.losses,
             metrics=self.metrics,
-            records=self.records,
+            records=asked,
             carried=self.carried,
         )
 
@@ -98,6 +119,8 @@ class Slot(nnx.Module):
     hooks: tuple[str, ...] = ()
     # Whether a row of weights is still divided by its sum, or by more.
     gives_shares: bool = True
+    # Whether `enter` changes the layer's input.
+    enters: bool = False
     # Whether tokens meet in the kernel alone, so that devices may share them, in any
     # order (`Capabilities.sequence`).
     sequence: bool = False
@@ -124,6 +147,20 @@ class Slot(nnx.Module):
     def flops(config, heads: Heads, dims: MixerDims, seq_len: int) -> float:
         """FLOPs of matrix products of this slot for one sequence."""
         raise NotImplementedError
+
+    def reads(self, ctx: Context) -> tuple[str, ...]:
+        """What of the layer's own hooks ("weights", ...) `heads` and `output` read by
+        `call.read`. With scores or weights the layer computes all of them, [B, H, T,
+        S], instead of calling a kernel."""
+        del ctx
+        return ()
+
+    def enter(self, x: jax.Array, call: Call) -> jax.Array:
+        """The layer's input [B, T, C] as the block has it before its norm, changed for
+        all that this layer makes of it. In parts of a layer it is normed already, and
+        a decoding step does not enter."""
+        del call
+        return x
 
     def query(self, x: jax.Array, query: jax.Array, call: Call) -> jax.Array:
         """[B, T, H, D] as projected, before norm and positions."""

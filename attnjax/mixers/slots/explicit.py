@@ -42,6 +42,7 @@ def attention(
     """
     target = kernels.default_target()
     request = kernels.make_request(query, key, value, spec, operands, target)
+    kernels.choices.tell_explicit(request)
     given = operands
     operands = tiles.place_queries(tiles.of_tiles(spec, operands), request.q_len)
     tile = tiles.make_tile(request, operands, (0, request.q_len, 0, request.kv_len))
