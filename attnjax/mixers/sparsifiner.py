@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 
 from attnjax import kernels, nn
 from attnjax.core.context import Context
@@ -208,16 +209,16 @@ def largest(values: jax.Array, count: int) -> jax.Array:
 
 
 def kept_entry(b, h, q, k, kept) -> jax.Array:
-    """The rule of a mask that is written out, for `kernels.MaskFn`."""
+    """The rule of a mask that is written out, for `kernels.MaskFn`; some kernels hold
+    it in numbers."""
     del b, h, q, k
-    return kept
+    return kept > 0
 
 
 class Predictor(nnx.Module):
     """The estimate A~ of one layer's attention.
 
-    Parameters: query and key [D, D // c] with biases, down [N, n], and up [N, n]
-    unless the basis is shared.
+    Parameters: those of `Weights`, up unless the basis is shared.
     """
 
     def __init__(self, config: Config, dims: MixerDims, head_dim, *, rngs: nnx.Rngs):
@@ -230,35 +231,27 @@ class Predictor(nnx.Module):
             )
         # Keys are chosen in float32: a rounded estimate would choose others.
         self.wide = jnp.promote_types(dtype_of(dims.dtype), jnp.float32)
-        stored = dtype_of(dims.param_dtype)
-        make = partial(
-            nn.Linear,
-            head_dim,
-            width,
-            use_bias=True,
-            std=dims.init_std,
-            dtype=self.wide,
-            param_dtype=stored,
-            rngs=rngs,
+        make = partial(nn.param, rngs, dtype=dtype_of(dims.param_dtype))
+        # Names that weight decay passes by, which would shrink what has no gradient.
+        normal, zeros = initializers.normal(dims.init_std), initializers.zeros
+        self.query, self.query_bias = (
+            make((head_dim, width), normal),
+            make((width,), zeros),
         )
-        self.query, self.key = make(), make()
+        self.key, self.key_bias = make((head_dim, width), normal), make((width,), zeros)
+        basis = initializers.truncated_normal(BASIS_STD)
         shape = (tokens, rank_of(config, tokens))
-        start = jax.nn.initializers.truncated_normal(BASIS_STD)
-        self.down = nn.param(rngs, shape, start, dtype=stored)
-        self.up = (
-            None
-            if config.shared_basis
-            else nnx.data(nn.param(rngs, shape, start, dtype=stored))
-        )
+        self.down = make(shape, basis)
+        self.up = None if config.shared_basis else nnx.data(make(shape, basis))
 
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """A~ [B, H, T, N] of queries [B, T, H, D] and keys [B, N, K, D], float32 or
         wider."""
         config, heads = self.config, query.shape[2]
         down = self.down[...].astype(self.wide)
-        few = jnp.einsum("bskc,sn->bnkc", self.key(key), down)
+        few = jnp.einsum("bskc,sn->bnkc", self._narrow(key, "key"), down)
         few = jnp.repeat(few, heads // key.shape[2], axis=2)
-        narrow = self.query(query)
+        narrow = self._narrow(query, "query")
         of_heads = config.predictor_scale == "heads"
         scale = (heads if of_heads else narrow.shape[-1]) ** -0.5
         cheap = jnp.einsum("bthc,bnhc->bhtn", narrow, few) * scale
@@ -269,6 +262,12 @@ class Predictor(nnx.Module):
             basis = jnp.abs(basis)
             basis = jnp.where(basis > config.basis_threshold, basis, 0)
         return jnp.einsum("bhtn,sn->bhts", coef, basis)
+
+    def _narrow(self, x: jax.Array, name: str) -> jax.Array:
+        """[..., D] -> [..., D // c] by the map of that name."""
+        matrix, bias = getattr(self, name)[...], getattr(self, f"{name}_bias")[...]
+        matrix, bias = matrix.astype(self.wide), bias.astype(self.wide)
+        return nn.linear.rows_times(x.astype(self.wide), matrix) + bias
 
     def kept(self, estimate: jax.Array, extra: int) -> jax.Array:
         """Which keys each query attends to, bool [B, H, N, N] without gradient, of the
@@ -442,6 +441,9 @@ SPEC = MixerSpec(
         "without any, every row is estimated.",
         "The predictor reads queries and keys as their product does, normed and "
         "rotated where the model has that, and computes in float32.",
+        "Weight decay passes the predictor by in both phases (config.optim."
+        "decay_pattern does not match its names). In the authors' code the basis and "
+        "the maps decay while they learn.",
         "Of equal estimates the first keys are kept; coefficients are kept by their "
         "number, not by a threshold.",
     ),

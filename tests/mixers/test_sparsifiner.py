@@ -1,5 +1,7 @@
 """Facts of Sparsifiner (arXiv 2303.13755)."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 from grid_layers import close, heads, made, out, tokens, wide
 
+from attnjax import kernels
 from attnjax.conformance.subject import jitted
 from attnjax.core import schema
 from attnjax.core.context import Hook
@@ -14,6 +17,8 @@ from attnjax.core.errors import UserError
 from attnjax.core.spec import MixerDims
 from attnjax.mixers import attention, sparsifiner
 from attnjax.models import vit
+from attnjax.models.layout import path_of
+from attnjax.training import optimizers
 
 GRID, N, H, D = (3, 4), 13, 6, 4
 # 4 of 13 keys, 3 of 5 coefficients.
@@ -61,7 +66,7 @@ def estimate_of(params, qkv, *, extra, sparse, scale=H**-0.5, coefficients=3):
     key = np.repeat(key, H // key.shape[2], axis=2)
     p = params["predictor"]
     few_q, few_k = (
-        a @ p[name]["kernel"] + p[name]["bias"]
+        a @ p[name] + p[f"{name}_bias"]
         for name, a in (("query", query[:, extra:]), ("key", key))
     )
     coef = softmax(np.einsum("bthc,bshc,sn->bhtn", few_q, few_k, p["down"]) * scale)
@@ -103,9 +108,7 @@ def test_the_masked_phase_is_the_formula_in_float64(masked):
     close(y, out(params, by_hand), atol=1e-4)
     close(found.metrics["sparsifiner_kept"], 4 / N)
     assert not found.losses
-    p = params["predictor"]
-    arrays = [p[n][k] for n in ("query", "key") for k in ("kernel", "bias")]
-    told = sparsifiner.Weights(*arrays, p["down"], p["up"])
+    told = sparsifiner.Weights(**params["predictor"])
     key, value = (np.repeat(a, H // 2, axis=2) for a in qkv[1:])
     plain = sparsifiner.reference(qkv[0], key, value, told, kept=4, coefficients=3)
     close(plain, by_hand)
@@ -178,6 +181,19 @@ def test_all_tokens_in_front_of_the_grid_attend_to_all():
     assert found.records["estimate"].shape == (2, H, 12, 12)
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_fused_kernels_take_the_mask(platform):
+    """One that holds masks in numbers too."""
+    kept = kernels.MaskFn(sparsifiner.kept_entry, ("kept",), ("tile",))
+    spec = kernels.AttentionSpec(mask=kernels.Full() & kept)
+    q = jax.ShapeDtypeStruct((2, 197, 6, 64), jnp.bfloat16)
+    operands = {"kept": jax.ShapeDtypeStruct((2, 6, 197, 197), jnp.bool_)}
+    kind = {"gpu": "NVIDIA H200", "tpu": "TPU v5p"}[platform]
+    target = kernels.Target(platform, kind)
+    lines = kernels.explain(q, q, q, spec, operands, target=target)
+    assert any(line.startswith(f"mosaic_{platform}: supports it") for line in lines)
+
+
 # ---- the predictor
 
 
@@ -189,7 +205,7 @@ def test_a_one_hot_coefficient_gives_the_chosen_vector_of_the_basis():
     for phase in ("reconstruct", "masked"):
         config = sparsifiner.Config(phase=phase, rank=5)
         p = sparsifiner.Predictor(config, dims, D, rngs=nnx.Rngs(0))
-        p.query.kernel[...] *= 1e9
+        p.query[...] *= 1e9
         up = np.float64(p.up[...])
         if phase == "masked":
             up = np.abs(up) * (np.abs(up) > 0.02)
@@ -284,7 +300,8 @@ def test_the_predictor_has_no_gradient_of_the_task(masked, dense):
 
 
 def test_a_run_of_one_phase_is_the_start_of_one_of_the_other():
-    """Both have the same arrays, and attention has all but the predictor's."""
+    """Both have the same arrays, and attention has all but the predictor's, which
+    weight decay passes by."""
 
     def arrays(layers, **options):
         sizes = {"num_layers": 2, "embed_dim": 8, "num_heads": 2, "patch_size": 2}
@@ -293,12 +310,14 @@ def test_a_run_of_one_phase_is_the_start_of_one_of_the_other():
         model = vit.ViT(config, image_size=6, channels=1, num_classes=2)
         params, _ = jax.eval_shape(model.init, 0)
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        return {"/".join(path_of(path)): leaf.shape for path, leaf in leaves}
 
     learns, chooses = arrays("sparsifiner", phase="reconstruct"), arrays("sparsifiner")
     assert learns == chooses
     own = {name for name in chooses if "predictor" in name}
     assert len(own) == 6
+    # What has no gradient must not shrink.
+    assert not any(re.search(optimizers.Config().decay_pattern, name) for name in own)
     assert arrays("attention") == {k: v for k, v in chooses.items() if k not in own}
 
 
