@@ -189,9 +189,9 @@ class Board:
 def draw(pictures: np.ndarray, layers: list[Trees], board: Board, path: Path) -> None:
     """A row an image and a column a layer, with an arrow from each child to its parent.
 
-    An arrow has the colour of what the child sends, on the scale below its column, and
-    is as wide as the share of it that goes to that parent. A ring is a token that is its own
-    parent, the star the root; patches that were left out are dark.
+    An arrow has the colour of what the child sends, by the scale below its column, and
+    is as wide as the share of it that goes to that parent. A ring is a token that is
+    its own parent, the star the root; patches that were left out are dark.
 
     Args:
         pictures: uint8 [B, H, W, Ch].
