@@ -31,7 +31,7 @@ from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers import attention
 from attnjax.mixers.geometric_attention import Evidence
 from attnjax.mixers.requests import check_request
-from attnjax.mixers.slots import options, sizes
+from attnjax.mixers.slots import blending, options, sizes
 from attnjax.mixers.slots.base import Call
 
 # What layers hand on: m, and for each token that is left (all tokens / those left).
@@ -259,6 +259,13 @@ class Mixer(attention.Mixer):
         """Refuse what this layer does not do."""
         check_request(self.entry, ctx, step=is_step, hooks=self.known_hooks())
         super().check(ctx, is_step=is_step)
+        for hook in ctx.hooks:
+            if hook.action in blending.ACTIONS:
+                raise UserError(
+                    f"dependencyvit: {hook.action} moves shares of what a token sees, "
+                    "which a parent's weights are not; got hook "
+                    f"{hook.name!r}. Leave out its layers."
+                )
         missing = sorted(set(carried(self.config, self.dims)) - set(ctx.carried))
         if missing:
             raise UserError(

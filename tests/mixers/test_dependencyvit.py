@@ -364,6 +364,9 @@ def test_a_layer_refuses_what_it_cannot_do():
     x, ctx = tokens(s)
     with pytest.raises(UserError, match="reads what layers hand on, dependencyvit_m"):
         s.call(s.arrays, x, ctx.replace(carried={}))
+    blend = Hook("push", "weights", action="blend_identity")
+    with pytest.raises(UserError, match="blend_identity moves shares of what a token"):
+        s.call(s.arrays, x, ctx.replace(hooks=(blend,), interventions={"push": 0.5}))
     with pytest.raises(UserError, match="has no decode form: a token divides its"):
         s.build().init_state(2, 8)
     with pytest.raises(UserError, match="type='attention_sink_survey'"):
