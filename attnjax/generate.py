@@ -2,6 +2,9 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
@@ -17,8 +20,9 @@ TEXT = {
     "top_p": 1.0,
 }
 # Flags of images; `seed` is of both.
-IMAGES = ("labels", *(name for name in draw_flags.FIELDS if name != "seed"))
+IMAGES = ("labels", "vae", *(name for name in draw_flags.FIELDS if name != "seed"))
 PICTURES = (".png", ".jpg", ".webp")
+ARRAYS = (".npy",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,8 @@ class _RunFlags:
             all (none: 1).
         labels: images: names or numbers of classes, separated by commas, a column
             each, or no_class (none: all of them).
+        vae: images of a run on latents: the folder of the autoencoder that decodes
+            them (none: the latents themselves are written).
     """
 
     workdir: str
@@ -45,6 +51,7 @@ class _RunFlags:
     top_k: int | None = None
     top_p: float | None = None
     labels: str | None = None
+    vae: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Flags(draw_flags.DrawFlags, _RunFlags):
         seed: of the draws.
         num: how many samples, of each class.
         step: the checkpoint (none: the newest intact one).
-        out: a file for the text (none: the terminal), or the PNG of the images
-            (none: samples.png).
+        out: a file for the text (none: the terminal), the PNG of the images (none:
+            samples.png), or the array of latents (none: samples.npy).
     """
 
     seed: int = 0
@@ -141,22 +148,54 @@ def _numbered(blocks: list[str]) -> str:
 
 
 def _images(flags: Flags) -> None:
-    from PIL import Image
-
-    from attnjax.decoding import pictures
+    from attnjax.data.vae import open_vae
     from attnjax.decoding.run import load_run
     from attnjax.training import disk
 
-    out = disk.ready_out(flags.out or "samples.png", kinds=PICTURES)
     run = load_run(flags.workdir, step=flags.step)
+    is_array = run.latents is not None and flags.vae is None
+    kinds = ARRAYS if is_array else PICTURES
+    out = disk.ready_out(flags.out or f"samples{kinds[0]}", kinds=kinds)
+    vae = None
+    if flags.vae is not None:
+        facts = run.require_latents("--vae")
+        vae = open_vae(flags.vae)
+        if vae.fingerprint != facts.encoder.get("fingerprint"):
+            name = facts.encoder.get("name", "another")
+            print(f"--vae: not the one that made the latents ({name})")
     names = run.class_names
     if flags.labels not in (None, "all"):
         names = tuple(name.strip() for name in flags.labels.split(","))
     images = run.draw(names * flags.num, **draw_flags.given(flags))
-    whole = pictures.sheet(run.pixels(images), columns=len(names))
     with disk.disk_errors("--out"):
-        Image.fromarray(whole).save(out)
-    print(f"wrote {out}: {flags.num} of each of {', '.join(names)}")
+        if is_array:
+            np.save(out, images)
+        else:
+            _save_sheet(out, run, images, vae, columns=len(names))
+    told = f"{flags.num} of each of {', '.join(names)}"
+    if is_array:
+        told += _of_latents(run.latents, images.shape)
+    print(f"wrote {out}: {told}")
+
+
+def _save_sheet(out: Path, run: Any, images: np.ndarray, vae: Any, *, columns: int):
+    """Write a picture of the samples, a class a column."""
+    from PIL import Image
+
+    from attnjax.decoding import pictures
+
+    shown = run.pixels(images) if vae is None else run.decoded(images, vae)
+    Image.fromarray(pictures.sheet(shown, columns=columns)).save(out)
+
+
+def _of_latents(facts: Any, shape: tuple[int, ...]) -> str:
+    """What the array is, and how it becomes pictures."""
+    scale, shift = (", ".join(f"{x:g}" for x in v) for v in (facts.scale, facts.shift))
+    plus = f" + ({shift})" if any(facts.shift) else ""
+    return (
+        f", in turn, as latents float32 {list(shape)}, channels last. For pictures: "
+        f"--vae DIR, which decodes latents / ({scale}){plus}"
+    )
 
 
 if __name__ == "__main__":

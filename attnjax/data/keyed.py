@@ -12,6 +12,7 @@ _WORD = (1 << 64) - 1
 # What a stream of random numbers is for; keeps equal (seed, index) apart.
 DOCUMENTS, ROWS, WINDOWS = 1, 2, 3
 IMAGES, AUGMENT, HELD_OUT, GLYPHS, NOISE, START = 4, 5, 6, 7, 8, 9
+LATENTS, HELD_OUT_LATENTS = 10, 11
 
 _GAP = 64  # rows that are rather drawn and dropped than a stream begun anew
 

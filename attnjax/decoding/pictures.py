@@ -18,6 +18,8 @@ from attnjax.training.settings import PERTURB_OPTIONS, DrawConfig
 # Images on a sheet are enlarged to at least this many pixels a side.
 SHOWN_SIDE = 32
 GAP = 2
+# Latents are shown from minus this (black) to this (white).
+SHOWN_LATENT = 3.0
 
 
 def check_guidance(model: Any, scale: float) -> None:
@@ -174,7 +176,15 @@ def _draw(
 
 
 def pixels(images: np.ndarray, data: Any) -> np.ndarray:
-    """uint8 [B, H, W, Ch] from normalised images, by `config.data`'s mean and std."""
+    """uint8 [B, H, W, Ch] from normalised images, by `config.data`'s mean and std.
+
+    Of latents the first three channels, or of fewer than three the first, each from
+    -3 to 3: a picture of where things are, whose colours mean nothing.
+    """
+    if data.is_latent:
+        kept = np.asarray(images, np.float32)[..., : 3 if images.shape[-1] >= 3 else 1]
+        shown = 0.5 + 0.5 * kept / SHOWN_LATENT
+        return np.clip(np.round(255.0 * shown), 0, 255).astype(np.uint8)
     shown = np.asarray(images, np.float32) * np.asarray(data.std) + np.asarray(
         data.mean
     )

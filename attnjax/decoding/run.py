@@ -15,13 +15,15 @@ from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.errors import UserError, unknown
 from attnjax.data import tokenizers
+from attnjax.data.images import LatentFacts
+from attnjax.data.vae import Vae
 from attnjax.decoding import draw_flags, pictures
 from attnjax.decoding.generation import generate
 from attnjax.decoding.sampling import Sampler
 from attnjax.models.layout import Layout, relayout
 from attnjax.training import experiment, feeds, state_tree
 from attnjax.training.checkpoint_reader import CheckpointReader
-from attnjax.training.feeds.images import load_classes
+from attnjax.training.feeds.images import load_classes, load_latents
 from attnjax.training.feeds.text import TOKENIZER
 from attnjax.training.settings import DrawConfig
 
@@ -92,6 +94,11 @@ class LoadedDenoiser(Loaded):
         return feeds.make(self.config)
 
     @cached_property
+    def latents(self) -> LatentFacts | None:
+        """How the latents that it learned were made; None of a run on pixels."""
+        return load_latents(self.path) if self.feed.data.is_latent else None
+
+    @cached_property
     def task(self):
         """What it learned, with its noising process."""
         return self.feed.make_task(self.model)
@@ -154,8 +161,25 @@ class LoadedDenoiser(Loaded):
         return chosen
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, Ch] of normalised images."""
+        """uint8 [B, H, W, Ch] of normalised images or latents: `pictures.pixels`."""
         return pictures.pixels(images, self.feed.data)
+
+    def require_latents(self, owner: str) -> LatentFacts:
+        """How its latents were made; UserError for a run on pixels."""
+        if self.latents is None:
+            raise UserError(
+                f"{owner}: decodes latents, and {self.path} learned pixels; got "
+                f"config.data.name={self.config['data']['name']}. Leave it out."
+            )
+        return self.latents
+
+    def decoded(self, latents: np.ndarray, vae: Vae) -> np.ndarray:
+        """uint8 [B, H, W, Ch]: what an autoencoder makes of latents as drawn.
+
+        Raises:
+            UserError: for a run on pixels, or latents of other channels.
+        """
+        return vae.pictures(self.require_latents("decoded").unscaled(latents))
 
 
 @dataclasses.dataclass

@@ -172,9 +172,9 @@ def test_every_flipped_byte_is_seen(source, cache_dir):
             flipped = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
             path.write_bytes(flipped)
             with pytest.raises(store.Damaged):
-                store._open(folder, lambda folder, facts: None)
+                store.open_store(folder, lambda folder, facts: None)
         path.write_bytes(data)
-    store._open(folder, lambda folder, facts: None)
+    store.open_store(folder, lambda folder, facts: None)
 
 
 def test_a_large_file_is_checked_in_samples(source, cache_dir, monkeypatch):

@@ -138,7 +138,9 @@ def test_a_sampler_of_the_other_process_is_refused():
 
 
 def test_pixels_undo_the_normalisation():
-    data = types.SimpleNamespace(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    data = types.SimpleNamespace(
+        mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0), is_latent=False
+    )
     levels = np.asarray([[0, 51, 255], [255, 0, 102]], np.uint8).reshape(2, 1, 1, 3)
     images = (levels / 255 - np.asarray(data.mean)) / np.asarray(data.std)
     np.testing.assert_array_equal(pictures.pixels(images, data), levels)

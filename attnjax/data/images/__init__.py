@@ -1,4 +1,5 @@
-"""Images with labels: sources, batches, augmentation, corruptions. One file a source.
+"""Images with labels, or latents of them: sources, batches, augmentation, corruptions.
+One file a source.
 
 Imported lazily where they are needed: Pillow, scikit-learn (`digits`), Matplotlib's
 fonts (`glyphs`), TensorFlow Datasets (`tfds`).
@@ -9,6 +10,7 @@ from typing import Any
 from attnjax.data import source
 from attnjax.data.images.batches import (
     batch,
+    check_corruption,
     eval_batches,
     num_eval_batches,
     steps_per_epoch,
@@ -16,6 +18,7 @@ from attnjax.data.images.batches import (
 from attnjax.data.images.config import Augment, ImageConfig
 from attnjax.data.images.corpus import ImageCorpus, ImageSplit
 from attnjax.data.images.corruptions import CORRUPTIONS
+from attnjax.data.images.latent_files import LatentFacts, facts_of
 
 __all__ = [
     "CORRUPTIONS",
@@ -23,9 +26,13 @@ __all__ = [
     "ImageConfig",
     "ImageCorpus",
     "ImageSplit",
+    "LatentFacts",
     "batch",
+    "check_corruption",
     "config_class",
     "eval_batches",
+    "facts_of",
+    "image_shape",
     "known_sources",
     "num_classes",
     "num_eval_batches",
@@ -55,6 +62,13 @@ def open_corpus(config: Any) -> ImageCorpus:
         UserError: missing, unreadable or empty data, or labels that are no classes.
     """
     return source.source_module(config.name, source.IMAGES).open_source(config)
+
+
+def image_shape(config: Any) -> tuple[int, int]:
+    """H = W and the channels of a source's images; no image is read."""
+    module = source.source_module(config.name, source.IMAGES)
+    known = getattr(module, "image_shape", None)
+    return known(config) if known else (config.image_size, config.channels)
 
 
 def num_classes(config: Any) -> int:

@@ -4,7 +4,7 @@ There is no iterator state. Resuming, skipping, and another number of hosts are 
 same thing: asking for a step, or for some of its rows.
 
 Every batch is a dict:
-    image        float32 [B, H, W, Ch], normalised
+    image        float32 [B, H, W, Ch], normalised; or a latent, scaled
     label        int32 [B]
     other_label  int32 [B], of the image mixed in; `label` where there is none
     mix          float32 [B], in [1/2, 1]: the target is
@@ -14,13 +14,16 @@ Every batch is a dict:
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from attnjax.core.errors import UserError
 from attnjax.data import keyed
 from attnjax.data.images import corruptions, geometry, randaugment
 from attnjax.data.images.config import Augment
 from attnjax.data.images.corpus import ImageSplit
+from attnjax.data.images.latents import LatentSplit
 
 Batch = dict[str, np.ndarray]
 
@@ -33,7 +36,7 @@ _DRAWS = _RANDAUGMENT + 8 * randaugment.DRAWS
 
 
 def batch(
-    split: ImageSplit,
+    split: ImageSplit | LatentSplit,
     *,
     seed: int,
     step: int,
@@ -60,10 +63,16 @@ def batch(
     partners = (wanted - 1) % batch_size if augment.mixup else wanted
     needed, places = np.unique(np.stack([wanted, partners]), return_inverse=True)
     own, other = places.reshape(2, -1)
-    draws = _draws(seed, step * batch_size + needed)
-    images, labels, readable = _augmented(
-        split, _indices(split, seed, step * batch_size + needed), draws, augment
-    )
+    ordinals = step * batch_size + needed
+    draws, indices = _draws(seed, ordinals), _indices(split, seed, ordinals)
+    if isinstance(split, LatentSplit):
+        mirrored = draws[:, _FLIP] < 0.5 if augment.flip else None
+        images, labels = split.drawn(
+            indices, seed=seed, ordinals=ordinals, mirrored=mirrored
+        )
+        readable = np.ones(len(indices), bool)
+    else:
+        images, labels, readable = _augmented(split, indices, draws, augment)
     mix, image = np.ones(len(wanted), np.float32), images[own]
     if augment.mixup:
         share = mixup_share(draws[own, _MIX], augment.mixup)
@@ -81,7 +90,7 @@ def batch(
 
 
 def eval_batches(
-    split: ImageSplit,
+    split: ImageSplit | LatentSplit,
     *,
     batch_size: int,
     rows: slice | None = None,
@@ -101,18 +110,31 @@ def eval_batches(
         severity: 1 to 5; 0 without a corruption.
 
     Raises:
-        UserError: unknown corruption, severity out of range.
+        UserError: unknown corruption, severity out of range, or a corruption of
+            latents.
     """
     corruptions.check(corruption, severity)
+    check_corruption(split.config, corruption)
     return _eval_batches(split, batch_size, rows, corruption, severity)
 
 
-def num_eval_batches(split: ImageSplit, *, batch_size: int) -> int:
+def check_corruption(config: Any, corruption: str | None) -> None:
+    """Raise UserError where something is to be done to pixels that are not there."""
+    if corruption is not None and config.is_latent:
+        raise UserError(
+            "config.eval.corruption: is done to pixels, and latents have none; got "
+            f"corruption={corruption}, config.data.name={config.name}. Leave it out."
+        )
+
+
+def num_eval_batches(split: ImageSplit | LatentSplit, *, batch_size: int) -> int:
     """How many batches `eval_batches` yields."""
     return -(-split.num_images // batch_size)
 
 
-def steps_per_epoch(split: ImageSplit, *, batch_size: int) -> float | None:
+def steps_per_epoch(
+    split: ImageSplit | LatentSplit, *, batch_size: int
+) -> float | None:
     """Steps in which training sees every image once; None where they are endless."""
     return None if split.num_images is None else split.num_images / batch_size
 
@@ -139,12 +161,18 @@ def _eval_batches(split, batch_size, rows, corruption, severity) -> Iterator[Bat
         wanted = np.arange(batch_size, dtype=np.int64)[rows or slice(None)]
         wanted += index * batch_size
         real = wanted < split.num_images
-        pixels, labels, readable = split.read(np.where(real, wanted, 0))
-        image = _floats(pixels)
-        if corruption is not None:
-            image = corruptions.apply(corruption, severity, image, wanted)
+        known = np.where(real, wanted, 0)
+        if isinstance(split, LatentSplit):
+            image, labels = split.held(known)
+            readable = real
+        else:
+            pixels, labels, readable = split.read(known)
+            image = _floats(pixels)
+            if corruption is not None:
+                image = corruptions.apply(corruption, severity, image, wanted)
+            image = split.normalise(image)
         labels = np.where(real, labels, 0).astype(np.int32)
-        shown = np.where(real[:, None, None, None], split.normalise(image), 0)
+        shown = np.where(real[:, None, None, None], image, 0)
         yield {
             "image": shown.astype(np.float32),
             "label": labels,
@@ -164,7 +192,9 @@ def _draws(seed: int, ordinals: np.ndarray) -> np.ndarray:
     return keyed.unit(keyed.rows(seed, keyed.AUGMENT, ordinals, _DRAWS))
 
 
-def _indices(split: ImageSplit, seed: int, ordinals: np.ndarray) -> np.ndarray:
+def _indices(
+    split: ImageSplit | LatentSplit, seed: int, ordinals: np.ndarray
+) -> np.ndarray:
     """Which image each row of the endless sequence of epochs is."""
     if split.num_images is None:
         start = int(keyed.raw(seed, keyed.START, 0, 1)[0] >> np.uint64(16))
@@ -178,7 +208,7 @@ def _indices(split: ImageSplit, seed: int, ordinals: np.ndarray) -> np.ndarray:
     return indices
 
 
-def _order(split: ImageSplit, seed: int, epoch: int) -> np.ndarray:
+def _order(split: ImageSplit | LatentSplit, seed: int, epoch: int) -> np.ndarray:
     def make() -> np.ndarray:
         return keyed.permutation(seed, keyed.IMAGES, epoch, split.num_images)
 

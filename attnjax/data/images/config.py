@@ -1,7 +1,7 @@
 """The options that every image source shares."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from attnjax.data.config import require
 
@@ -84,6 +84,9 @@ class ImageConfig:
             "resize to 256, crop 224" is 0.875.
         augment: what training does to images.
     """
+
+    # Whether the source holds latents of an autoencoder and no pixels.
+    is_latent: ClassVar[bool] = False
 
     name: str = "digits"
     image_size: int = 8

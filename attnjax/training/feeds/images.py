@@ -21,6 +21,8 @@ from attnjax.training.feeds.base import Batch, Feed, Reference
 from attnjax.training.settings import EvalConfig, TrainConfig
 
 CLASSES = "classes.json"
+# What a folder of latents says of itself; beside the classes where they were learned.
+LATENTS = "latents.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +79,24 @@ class ImageFeed(Feed):
                     f"config.{group}.{option}: {what}; got {option}={value}, "
                     f"config.model.name={name}. Set it to 0."
                 )
-        corruptions.check(config["eval"]["corruption"], config["eval"]["severity"])
+        corruption = config["eval"]["corruption"]
+        corruptions.check(corruption, config["eval"]["severity"])
+        data = schema.build(cls.data_class(config["data"]["name"]), config["data"])
+        images.check_corruption(data, corruption)
 
     @property
     def units_per_row(self) -> int:
         """1."""
         return 1
 
+    @cached_property
+    def image_shape(self) -> tuple[int, int]:
+        """H = W and the channels of its images, or latents."""
+        return images.image_shape(self.data)
+
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """See `Feed`."""
-        side, channels = self.data.image_size, self.data.channels
+        side, channels = self.image_shape
         number = jax.ShapeDtypeStruct((), jnp.float32)
         label = jax.ShapeDtypeStruct((), jnp.int32)
         return {
@@ -100,7 +110,7 @@ class ImageFeed(Feed):
     @property
     def about(self) -> dict[str, Any]:
         """See `Feed`."""
-        found = {"data": self.data.name, "image_size": self.data.image_size}
+        found = {"data": self.data.name, "image_size": self.image_shape[0]}
         settings = self.config["eval"]
         if settings["corruption"] is not None:
             found |= {name: settings[name] for name in ("corruption", "severity")}
@@ -110,8 +120,8 @@ class ImageFeed(Feed):
 
     def _sizes(self, num_classes: int) -> dict[str, int]:
         return {
-            "image_size": self.data.image_size,
-            "channels": self.data.channels,
+            "image_size": self.image_shape[0],
+            "channels": self.image_shape[1],
             "num_classes": num_classes,
         }
 
@@ -207,14 +217,16 @@ class ImageFeed(Feed):
     # ---- what a run keeps and says of it
 
     def save(self, path: Path) -> None:
-        """The names of the classes."""
+        """The names of the classes; of latents, how they were made."""
         disk.write_json(path / CLASSES, list(self.corpus.class_names))
+        if self.data.is_latent:
+            disk.write_json(path / LATENTS, dataclasses.asdict(self.corpus.facts))
 
     def check_source(self, path: Path) -> None:
         """See `Feed`: any classifier; arrays of one name must have one shape."""
 
     def check_run(self, path: Path) -> None:
-        """See `Feed`: the classes must be the same."""
+        """See `Feed`: the classes, and the scale of latents, must be the same."""
         stored, own = load_classes(path), tuple(self.corpus.class_names)
         if stored != own:
             raise UserError(
@@ -222,10 +234,28 @@ class ImageFeed(Feed):
                 f"got {len(own)} ({_some(own)}), the run has {len(stored)} "
                 f"({_some(stored)})."
             )
+        self._check_latents(path)
+
+    def _check_latents(self, path: Path) -> None:
+        """Raise UserError where pixels meet a run on latents, or other latents."""
+
+        def told(facts: images.LatentFacts | None) -> str:
+            if facts is None:
+                return "pixels"
+            scale, shift = list(facts.scale), list(facts.shift)
+            return f"latents of scale {scale} and shift {shift}"
+
+        stored = told(load_latents(path) if (path / LATENTS).exists() else None)
+        own = told(self.corpus.facts if self.data.is_latent else None)
+        if stored != own:
+            raise UserError(
+                f"evaluate: {self.data.name} must hold what the run learned; got "
+                f"{own}, the run learned {stored}. Name other data in config.data."
+            )
 
     def fit_cures(self, model: Any) -> list[str]:
         """See `Feed`: positions of another grid are resampled on request."""
-        if model.image_size == self.data.image_size:
+        if model.image_size == self.image_shape[0]:
             return []
         grid = model.positions_grid[0]
         return [f"Positions are resampled with --config.model.positions_grid={grid}."]
@@ -244,6 +274,12 @@ def load_classes(path: Path) -> tuple[str, ...]:
     """The names of a run's classes, from its directory."""
     cure = "Train the run again, or restore the file from a copy."
     return tuple(disk.read_json(path / CLASSES, owner="--workdir", cure=cure))
+
+
+def load_latents(path: Path) -> images.LatentFacts:
+    """How the latents of a run were made, from its directory."""
+    cure = "Train the run again, or restore the file from a copy."
+    return images.facts_of(disk.read_json(path / LATENTS, owner="--workdir", cure=cure))
 
 
 def _some(names: tuple[str, ...]) -> str:

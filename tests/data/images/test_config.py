@@ -18,7 +18,8 @@ NAMES = ("digits", "glyphs", "tfds:x", "folder:x")
 
 
 def test_sources_are_the_files_that_declare_one():
-    assert set(known_sources()) == {"digits", "glyphs", "tfds", "folder"}
+    pixels = {"digits", "glyphs", "tfds", "folder"}
+    assert set(known_sources()) == {*pixels, "latents"}
 
 
 @pytest.mark.parametrize("name", NAMES)
