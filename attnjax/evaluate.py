@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Literal
 
 from attnjax.core.cli import run_main
 from attnjax.core.errors import UserError
@@ -19,6 +20,11 @@ class _RunFlags:
         keep_layers: layers that stay, from 0, e.g. 0,2,4; the others are left out
             (none: all).
         out: a JSON file for the metrics (none: the terminal alone).
+        shifts: of a classifier: in how many circular shifts of each held-out image,
+            drawn alike for all, its name is compared with that of the image itself,
+            or all (none: not at all).
+        within: accuracy under the worst shift is of those by at most so many pixels
+            along each axis (none: of those that are compared).
         judge: of a denoiser: the run of a classifier of the same classes, which names
             images that are drawn and compares their features with the data's (none: no
             images are drawn).
@@ -29,6 +35,8 @@ class _RunFlags:
     step: int | None = None
     keep_layers: tuple[int, ...] | None = None
     out: str | None = None
+    shifts: int | Literal["all"] | None = None
+    within: int | None = None
     judge: str | None = None
     per_class: int | None = None
 
@@ -49,6 +57,11 @@ def main(argv: list[str]) -> None:
     )
     flags = line.flags
     _check_samples(flags)
+    if flags.within is not None and flags.shifts is None:
+        raise UserError(
+            f"--within: belongs to --shifts; got within={flags.within} without it. "
+            "Add --shifts=all, or leave it out."
+        )
     from attnjax.decoding.evaluate import evaluate_run
     from attnjax.decoding.run import load_run, require_denoiser
     from attnjax.training import disk
@@ -69,7 +82,14 @@ def main(argv: list[str]) -> None:
         Judge(judge, require_denoiser(run))
         drawn = draw_flags.given(flags)
         run.draw_settings(**drawn)
+    if flags.shifts is not None:
+        from attnjax.analysis import shift_consistency
+
+        around = dict(shifts=flags.shifts, within=flags.within)
+        shift_consistency.check(run, **around)
     metrics = evaluate_run(run)
+    if flags.shifts is not None:
+        metrics |= shift_consistency.measured(run, **around)
     if flags.judge is not None:
         per_class = flags.per_class or PER_CLASS
         metrics |= {"judge": flags.judge}

@@ -315,9 +315,9 @@ SPEC = MixerSpec(
         "config.model.positions=anchored_conv (docs/vit.md). Learned or sincos "
         "positions and zeros around a convolution undo it, and so do rotary positions "
         "in layers of another mechanism, or with tokens before the grid.",
-        "In a pyramid each layer is equivariant, but the stem, and the 2 x 2 places "
-        "that are made one between stages, begin at the corner: logits keep under "
-        "shifts by all strides together alone.",
+        "In a pyramid the stem, and the 2 x 2 places that are made one between stages, "
+        "begin at the corner: logits keep under every shift with "
+        "config.model.positions=anchored, else under shifts by all strides together.",
         "Two components whose norms differ by less than rounding may change places; "
         "where they are the same in all that lies around, as on a constant grid, the "
         "first counts.",
@@ -329,8 +329,9 @@ SPEC = MixerSpec(
         "The paper leaves tokens in the anchored order for the layers behind; here a "
         "layer adds to a residual stream and turns its output back, which costs a "
         "gather and gives the same up to the order of tokens. So layers of other "
-        "mechanisms, windows and orders may stand between; the paper's pyramid needs "
-        "the tokens to stay where the last layer of a stage has turned them.",
+        "mechanisms, windows and orders may stand between. The paper's pyramid needs "
+        "each stage to end with a layer whose anchor the merging behind it divides; "
+        "here the image is anchored once, for all strides together.",
         "Norms are of the residual stream in front of the layer's norm, as in the "
         "authors' code. A layer outside of a model takes those of its input.",
         "Equal norms are told apart by a hash of what lies around; the paper takes the "

@@ -33,6 +33,7 @@ class BlockDims:
             shifts and scales what each sub-layer reads and gates what it adds.
         conv_positions: whether each sub-layer reads, and the residual stream goes on
             with, x + a depthwise convolution of 3 x 3 places of x; on grids alone.
+        circular: whether the ends of the grid meet for it; else zeros are around it.
         std, out_std: initialisation of inner maps and of maps into the residual.
         dtype, param_dtype: compute and storage dtypes.
     """
@@ -52,6 +53,7 @@ class BlockDims:
     num_layers: int = 1
     modulated: bool = False
     conv_positions: bool = False
+    circular: bool = False
     std: float = 0.02
     out_std: float = 0.02
     dtype: str = "float32"
@@ -133,6 +135,7 @@ class Block(nnx.Module):
             return None
         return nn.DepthwiseConvolution(
             dims.embed_dim,
+            circular=dims.circular,
             use_bias=dims.use_bias,
             dtype=jnp.dtype(dims.dtype),
             param_dtype=jnp.dtype(dims.param_dtype),

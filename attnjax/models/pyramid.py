@@ -67,8 +67,10 @@ class Config(backbone.Config):
             at every second.
         cpe: conditional positions, x + a depthwise convolution of x, in front of each
             sub-layer.
-        positions: "rope" (each axis of the stage's grid turns half of each head) or
-            "none".
+        positions: "rope" (each axis of the stage's grid turns half of each head),
+            "none"; "anchored": the image is turned to its anchor for all strides
+            together (`nn.anchored`), and ends of grids meet for cpe, so that circular
+            shifts of the image are shifts by whole places in every stage.
         pool: what the head reads: "mean_norm", the normed mean of the last stage's
             places; "norm_mean", the mean of the normed places.
         layer_scale, drop_path, head_hidden, head_std: as in `vit.Config`; drop_path
@@ -91,7 +93,7 @@ class Config(backbone.Config):
     stem: Literal["patch", "overlap", "conv"] = "patch"
     downsampling: Literal["patch", "overlap"] = "patch"
     cpe: bool = False
-    positions: Literal["rope", "none"] = "none"
+    positions: Literal["rope", "none", "anchored"] = "none"
     rope: nn.Rope = dataclasses.field(default_factory=lambda: nn.Rope(theta=100.0))
     pool: Literal["mean_norm", "norm_mean"] = "mean_norm"
     layer_scale: float | None = None
@@ -225,6 +227,13 @@ def check(config: Config) -> None:
             f"stem=conv with patch_size={side}, whose widths double; got "
             f"{config.embed_dim}. Change it, or use stem=patch or overlap."
         )
+    for name in ("stem", "downsampling"):
+        if config.positions == "anchored" and getattr(config, name) != "patch":
+            raise UserError(
+                f"config.model.{name}: positions=anchored needs patches beside one "
+                f"another, with no zeros around the image; got {name}="
+                f"{getattr(config, name)}. Set it to patch, or use other positions."
+            )
     for i in range(len(config.depths)):
         with _told(config, i):
             own = stage_config(config, i)
@@ -351,7 +360,10 @@ class Pyramid(backbone.Backbone):
     def _make_stages(self, **where) -> list[Stage]:
         c, first = self.config, 0
         block = dict(
-            layer_scale=c.layer_scale, drop_path=c.drop_path, conv_positions=c.cpe
+            layer_scale=c.layer_scale,
+            drop_path=c.drop_path,
+            conv_positions=c.cpe,
+            circular=c.positions == "anchored",
         )
         stages = []
         for i, names in enumerate(c.stage_schedules()):
@@ -426,6 +438,8 @@ class Pyramid(backbone.Backbone):
         """
         image_sizes.check_batch(self, images)
         image_sizes.check_whole_rows(ctx)
+        if self.config.positions == "anchored":
+            images, _ = nn.anchored(images, (_stride(self.config),) * 2)
         ends = self._merge(params)
         image, parts = ends.stem(images), []
         for i, stage in enumerate(self.stages):
@@ -485,8 +499,13 @@ class Pyramid(backbone.Backbone):
         return total + sum(stage.flops() for stage in self.stages)
 
 
+def _stride(config: Config) -> int:
+    """Pixels along the side of a place of the last stage's grid."""
+    return config.patch_size * 2 ** (len(config.depths) - 1)
+
+
 def _check_images(config: Config, image_size: int, channels: int, num_classes: int):
-    stride = config.patch_size * 2 ** (len(config.depths) - 1)
+    stride = _stride(config)
     if image_size < 1 or image_size % stride:
         raise UserError(
             "config.data.image_size: must be a multiple of all strides together, "

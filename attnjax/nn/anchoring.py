@@ -8,7 +8,7 @@ begins at place 0, the grid and the shifted grid differ by a multiple of p:
     anchored(roll(x, s)) = roll(anchored(x), k p)   for some whole k.
 
 Source: Ding et al., "Reviving Shift Equivariance in Vision Transformers", arXiv
-2306.07470, section 3 (adaptive polyphase anchoring); the authors' released code.
+2306.07470 (adaptive polyphase anchoring); the authors' released code.
 """
 
 import math
@@ -63,7 +63,7 @@ def anchor_of(
         UserError: where the stride does not divide the grid.
     """
     _check(x, stride)
-    energy, content = _whole_numbers(jax.lax.stop_gradient(x))
+    energy, content = _whole_numbers(jax.lax.stop_gradient(x), stride)
     start = _first_of_largest(
         _by_component(energy, stride), _by_component(content, stride)
     )
@@ -120,21 +120,24 @@ def _order(start: jax.Array, grid: tuple[int, ...]) -> jax.Array:
     return order
 
 
-def _whole_numbers(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _whole_numbers(
+    x: jax.Array, stride: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
     """What anchors are told by, of each place, both int32 [B, *grid]: the squared norm
-    of its channels as a share of the largest, whose sum over all places is at most
+    of its channels as a share of the largest, whose sum over a component is at most
     2^30; and a number that the sum of its channels changes too."""
+    steps = 2**30 * math.prod(stride) // math.prod(x.shape[1:-1])
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    energy, total = _shares(jnp.sum(x * x, axis=-1)), _shares(jnp.sum(x, axis=-1))
+    energy = _shares(jnp.sum(x * x, axis=-1), steps)
+    total = _shares(jnp.sum(x, axis=-1), steps)
     return energy, energy + total * jnp.int32(_FACTOR)
 
 
-def _shares(values: jax.Array) -> jax.Array:
-    """[B, *grid] as shares of the largest absolute value, in whole steps, int32."""
+def _shares(values: jax.Array, steps: int) -> jax.Array:
+    """[B, *grid] as shares of the largest absolute value, in so many steps, int32."""
     size = jnp.abs(values)
     largest = jnp.max(size, axis=tuple(range(1, size.ndim)), keepdims=True)
     share = values / jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    steps = 2**30 // math.prod(values.shape[1:])
     return jnp.round(share * jnp.asarray(steps, share.dtype)).astype(jnp.int32)
 
 

@@ -198,6 +198,17 @@ def test_evaluate_at_another_size_needs_resampled_positions(
     assert np.isfinite(found["loss"])
 
 
+def test_evaluate_compares_names_under_shifts(run, run_door, told, tmp_path):
+    few = ["--config.eval.batches=1", "--config.eval.batch_size=16"]
+    words = ["--shifts=all", "--within=1", *few]
+    found = measured(run_door, run, tmp_path / "m.json", *words)
+    assert found["shifts"] == 63 and found["logit_change"] > 0
+    assert found["unchanged"] <= found["consistency"] <= 1
+    assert found["worst_accuracy"] <= found["accuracy"]
+    words = told(evaluate.main, "--workdir", run, "--within=1")
+    assert "--within: belongs to --shifts" in words
+
+
 def test_evaluate_on_other_classes_is_refused(run, told):
     other = ["--config.data.name=glyphs", "--config.data.chars=abc"]
     words = told(evaluate.main, "--workdir", run, *other)

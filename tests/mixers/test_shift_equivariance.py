@@ -192,12 +192,20 @@ def test_a_model_of_windows_and_cells_keeps_its_logits_under_every_shift():
     assert logits.std() > 0.1 and moved_by(logits).max() < 1e-4
 
 
-def test_a_pyramid_keeps_them_under_shifts_by_all_strides_together():
+@pytest.mark.parametrize("positions", ["anchored", "none"])
+def test_a_pyramid_keeps_them_where_its_stages_begin_at_an_anchor(positions):
+    """Else under shifts by all strides together alone."""
     options = MODEL | {"layers": "local", "depths": (1, 1), "num_heads": 2}
-    options |= {"mixers": {"local": MODEL["mixers"]["local"]}, "positions": "none"}
-    moved = moved_by(logits_of(pyramid, shifted_images(), **options)).reshape(8, 8)
-    assert moved[::4, ::4].max() < 1e-4
-    assert moved[::2, ::2].max() > 1e-2
+    options["mixers"] = {"local": MODEL["mixers"]["local"]}
+    options |= {"positions": positions, "cpe": positions == "anchored"}
+    logits = logits_of(pyramid, shifted_images(), **options)
+    assert logits.std() > 0.1
+    moved = moved_by(logits).reshape(8, 8)
+    if positions == "anchored":
+        assert moved.max() < 1e-4
+    else:
+        assert moved[::4, ::4].max() < 1e-4
+        assert moved[::2, ::2].max() > 1e-2
 
 
 # ---- hooks, refusals

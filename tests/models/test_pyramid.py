@@ -269,6 +269,10 @@ def test_flops_are_those_of_its_products():
             {"positions": "rope", "head_dim": 2},
             "config.model.head_dim: two axes turn four",
         ),
+        (
+            {"positions": "anchored", "downsampling": "overlap"},
+            "downsampling: positions=anchored needs patches beside one another",
+        ),
         ({"embed_dim": 0}, "embed_dim: must be at least 1; got 0"),
         ({"num_classes": 0}, "pyramid: num_classes must be at least 1; got"),
         (
