@@ -266,6 +266,12 @@ class Mixer(attention.Mixer):
                     "which a parent's weights are not; got hook "
                     f"{hook.name!r}. Leave out its layers."
                 )
+        if ctx.segment_ids is not None and self.dims.prefix_tokens:
+            raise UserError(
+                "dependencyvit: documents have no tokens in front in common; got "
+                f"segment_ids with prefix_tokens={self.dims.prefix_tokens}. Leave one "
+                "of them out."
+            )
         missing = sorted(set(carried(self.config, self.dims)) - set(ctx.carried))
         if missing:
             raise UserError(

@@ -367,12 +367,15 @@ def test_a_layer_refuses_what_it_cannot_do():
     blend = Hook("push", "weights", action="blend_identity")
     with pytest.raises(UserError, match="blend_identity moves shares of what a token"):
         s.call(s.arrays, x, ctx.replace(hooks=(blend,), interventions={"push": 0.5}))
+    ids = np.ones(x.shape[:2], np.int32)
+    behind = layer(prefix_tokens=1)
+    with pytest.raises(UserError, match="documents have no tokens in front in common"):
+        behind.call(behind.arrays, x, ctx.replace(segment_ids=ids))
     with pytest.raises(UserError, match="has no decode form: a token divides its"):
         s.build().init_state(2, 8)
     with pytest.raises(UserError, match="type='attention_sink_survey'"):
         layer({"output": ({"type": "attention_sink_survey"},)}).build()
     pruned = layer({"prune": (0,)})
-    ids = np.ones(x.shape[:2], np.int32)
     with pytest.raises(UserError, match="knows no documents or padding"):
         pruned.call(pruned.arrays, x, ctx.replace(segment_ids=ids))
 
