@@ -166,7 +166,7 @@ def _images(flags: Flags) -> None:
     names = run.class_names
     if flags.labels not in (None, "all"):
         names = tuple(name.strip() for name in flags.labels.split(","))
-    images = run.draw(names * flags.num, **draw_flags.given(flags))
+    images, evaluations = run.draw_counted(names * flags.num, **draw_flags.given(flags))
     with disk.disk_errors("--out"):
         if is_array:
             np.save(out, images)
@@ -175,7 +175,7 @@ def _images(flags: Flags) -> None:
     told = f"{flags.num} of each of {', '.join(names)}"
     if is_array:
         told += _of_latents(run.latents, images.shape)
-    print(f"wrote {out}: {told}")
+    print(f"wrote {out}: {told}; {evaluations} predictions")
 
 
 def _save_sheet(out: Path, run: Any, images: np.ndarray, vae: Any, *, columns: int):

@@ -126,7 +126,7 @@ class Trial:
         moved, strength = self.perturbation, self.settings.perturb_strength
         shares = moved.shares(heads, strength) if heads else moved.unmoved()
         run = self.denoiser
-        images = pictures.draw_perturbed(
+        images, _ = pictures.draw_perturbed(
             run.task,
             run.params,
             run.buffers,

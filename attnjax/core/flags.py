@@ -146,6 +146,15 @@ def _num_values(kind: Any) -> int:
     return 1
 
 
+def _is_numbers(kind: Any) -> bool:
+    """Whether a tuple is of numbers, in which a comma can only stand between two."""
+    if is_union(kind):
+        return any(_is_numbers(k) for k in typing.get_args(kind))
+    args = typing.get_args(kind)
+    is_tuple = typing.get_origin(kind) is tuple
+    return is_tuple and all(arg in (int, float) for arg in args)
+
+
 class _Parser:
     """Reads words from left to right into flag values."""
 
@@ -204,6 +213,8 @@ class _Parser:
             value: Any = Text("true" if given is None else given)
         elif count == 1 or given is not None:
             value = Text(self._value(name, given, words))
+        elif words and "," in words[0] and _is_numbers(kind):
+            value = Text(words.pop(0))
         else:
             value = [Text(self._value(name, None, words)) for _ in range(count)]
         self._store(field, f"--{name}", value)

@@ -25,7 +25,9 @@ class DrawFlags:
             (none: 0 1).
         perturb_decay: images: what w loses from noise to data (none: 0).
         sampler: images: its name (none: ddim for Gaussian processes, heun for flows).
-        num_steps: images: steps of the sampler (none: 50).
+        sampler_options: images: its options, as diffusion=linear,last_step=tweedie
+            (none: its own).
+        num_steps: images: steps of the sampler, of dopri5 at most (none: 50).
         seed: of the noise (none: 0).
     """
 
@@ -38,6 +40,7 @@ class DrawFlags:
     perturb_interval: tuple[float, float] | None = None
     perturb_decay: float | None = None
     sampler: str | None = None
+    sampler_options: str | None = None
     num_steps: int | None = None
     seed: int | None = None
 

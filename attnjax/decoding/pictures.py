@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnjax.core.errors import UserError
 from attnjax.decoding import denoising, guidance
 from attnjax.tasks.denoising import perturbing
-from attnjax.tasks.denoising.sampling import Settings, default_sampler
 from attnjax.training.settings import PERTURB_OPTIONS, DrawConfig
 
 # Images on a sheet are enlarged to at least this many pixels a side.
@@ -35,8 +34,7 @@ def check_guidance(model: Any, scale: float) -> None:
 def check(task: Any, settings: DrawConfig) -> None:
     """Raise UserError for a sampler that a process does not have, or guidance that its
     model has not the parts for."""
-    sampler = settings.sampler or default_sampler(task.process)
-    Settings(sampler=sampler, num_steps=settings.steps).check(task.process)
+    settings.sampler_settings(task.process)
     check_guidance(task.model, settings.guidance)
     if settings.perturb_scale:
         _chosen(task.model, settings.perturb, settings.perturb_heads)
@@ -50,8 +48,9 @@ def draw(
     *,
     settings: DrawConfig,
     mesh: Any = None,
-) -> jax.Array:
-    """float32 images [B, H, W, Ch], normalised as the training data, of labels [B].
+) -> tuple[jax.Array, jax.Array]:
+    """float32 images [B, H, W, Ch], normalised as the training data, of labels [B];
+    and how often the sampler asked for a prediction, int32.
 
     Args:
         task: a `tasks.diffusion.Diffusion`.
@@ -85,7 +84,7 @@ def draw_perturbed(
     perturbation: perturbing.Perturbation | None,
     shares: np.ndarray | None,
     mesh: Any = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """`draw` with the heads to perturb as an array: one program for all of its values.
 
     Args:
@@ -136,8 +135,8 @@ def _draw(
     prng_key,
     numbers,
 ):
-    """Images of labels; `numbers` of a perturbation are its "shares", "weight" and
-    "decay"."""
+    """Images of labels, and how many predictions they took; `numbers` of a perturbation
+    are its "shares", "weight" and "decay"."""
     model, process = task.model, task.process
 
     def denoise(x, times, labels, shares=None):
@@ -170,8 +169,8 @@ def _draw(
         process,
         shape=(len(labels), side, side, channels),
         prng_key=prng_key,
-        sampler=settings.sampler or default_sampler(process),
-        num_steps=settings.steps,
+        return_evaluations=True,
+        **dataclasses.asdict(settings.sampler_settings(process)),
     )
 
 
@@ -179,16 +178,22 @@ def pixels(images: np.ndarray, data: Any) -> np.ndarray:
     """uint8 [B, H, W, Ch] from normalised images, by `config.data`'s mean and std.
 
     Of latents the first three channels, or of fewer than three the first, each from
-    -3 to 3: a picture of where things are, whose colours mean nothing.
+    -3 to 3: a picture of where things are, whose colours mean nothing. What is not a
+    number is black.
     """
     if data.is_latent:
         kept = np.asarray(images, np.float32)[..., : 3 if images.shape[-1] >= 3 else 1]
         shown = 0.5 + 0.5 * kept / SHOWN_LATENT
-        return np.clip(np.round(255.0 * shown), 0, 255).astype(np.uint8)
+        return _bytes(shown)
     shown = np.asarray(images, np.float32) * np.asarray(data.std) + np.asarray(
         data.mean
     )
-    return np.clip(np.round(255.0 * shown), 0, 255).astype(np.uint8)
+    return _bytes(shown)
+
+
+def _bytes(shown: np.ndarray) -> np.ndarray:
+    """uint8 of levels in [0, 1]; 0 of what is not a number."""
+    return np.clip(np.round(np.nan_to_num(255.0 * shown)), 0, 255).astype(np.uint8)
 
 
 def sheet(images: np.ndarray, *, columns: int) -> np.ndarray:
@@ -215,7 +220,7 @@ def sample_sheet(here: Any, state: dict) -> np.ndarray:
     params = state.get("ema", state["params"])
     classes = min(settings.classes, here.model.num_classes)
     labels = np.tile(np.arange(classes), settings.per_class)
-    made = draw(
+    made, _ = draw(
         here.task,
         params,
         state["buffers"],

@@ -128,18 +128,26 @@ class LoadedDenoiser(Loaded):
             settings: of `draw_settings`.
 
         Raises:
-            UserError: for an unknown class or sampler, or guidance that the model was
-                not trained for.
+            UserError: for an unknown class or sampler, guidance that the model was
+                not trained for, or too few steps of dopri5.
         """
-        return np.asarray(
-            pictures.draw(
-                self.task,
-                self.params,
-                self.buffers,
-                self.labels(labels),
-                settings=self.draw_settings(**settings),
+        return self.draw_counted(labels, **settings)[0]
+
+    def draw_counted(
+        self, labels: Sequence[str | int], **settings: Any
+    ) -> tuple[np.ndarray, int]:
+        """What `draw` gives, and how often the sampler asked for a prediction."""
+        chosen = self.draw_settings(**settings)
+        state = (self.task, self.params, self.buffers, self.labels(labels))
+        images, evaluations = pictures.draw(*state, settings=chosen)
+        images = np.asarray(images)
+        if chosen.sampler == "dopri5" and not np.all(np.isfinite(images)):
+            raise UserError(
+                "sampler dopri5: the steps that it may try must suffice; got "
+                f"steps={chosen.steps}, which did not reach the data. Raise steps "
+                "(--num_steps), or sampler_options=rtol=..., or take heun."
             )
-        )
+        return images, int(evaluations)
 
     def draw_settings(self, **settings: Any) -> DrawConfig:
         """How images are drawn, checked against the model.

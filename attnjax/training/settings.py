@@ -1,11 +1,11 @@
 """`config.train` and `config.eval`, the same for whatever is learned."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from attnjax.core import schema
 from attnjax.core.errors import nearest
-from attnjax.tasks.denoising import perturbing
+from attnjax.tasks.denoising import perturbing, sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,9 @@ class DrawConfig:
         classes: the first so many classes.
         sampler: a name of `tasks.denoising.sampling.SAMPLERS` (none: ddim for Gaussian
             processes, heun for flows).
-        steps: passes of the sampler.
+        sampler_options: of the sampler, as "diffusion=linear,last_step=tweedie": the
+            other fields of `tasks.denoising.sampling.Settings`.
+        steps: passes of the sampler; of dopri5, tried at most.
         guidance: scale of classifier-free guidance (1: none).
         rescale: share in [0, 1] of a guided prediction that is brought back to the
             spread of the unguided one.
@@ -106,6 +108,7 @@ class DrawConfig:
     per_class: int = 8
     classes: int = 10
     sampler: str | None = None
+    sampler_options: str = ""
     steps: int = 50
     guidance: float = 1.0
     rescale: float = 0.0
@@ -131,7 +134,22 @@ class DrawConfig:
                 "rescale does nothing without guidance; got "
                 f"rescale={self.rescale:g}, guidance=1. Set guidance, e.g. to 2."
             )
+        sampling.parse_options(self.sampler_options)
         self._check_perturbation()
+
+    def sampler_settings(self, process: Any) -> sampling.Settings:
+        """How a noising process is sampled, checked against it.
+
+        Raises:
+            UserError: for a sampler, or options, that it does not have.
+        """
+        made = sampling.Settings(
+            sampler=self.sampler or sampling.default_sampler(process),
+            num_steps=self.steps,
+            **sampling.parse_options(self.sampler_options),
+        )
+        made.check(process)
+        return made
 
     def _check_perturbation(self):
         object.__setattr__(self, "perturb_interval", tuple(self.perturb_interval))

@@ -124,3 +124,18 @@ def test_no_class_can_be_asked_for(denoiser):
         UserError, match="unknown class 'no-class'. Did you mean no_class"
     ):
         denoiser.labels(["no-class"])
+
+
+def test_adaptive_steps_that_do_not_suffice_are_refused(denoiser, monkeypatch):
+    drawn = {}
+
+    def draw(task, params, buffers, labels, *, settings):
+        drawn["settings"] = settings
+        return np.full((len(labels), 4, 4, 1), np.nan), 13
+
+    monkeypatch.setattr(pictures, "draw", draw)
+    with pytest.raises(UserError, match="must suffice; got steps=2, which did not"):
+        denoiser.draw([0, 1], sampler="dopri5", steps=2)
+    assert drawn["settings"].sampler == "dopri5"
+    # Other samplers give what they give.
+    assert denoiser.draw_counted([0], sampler="euler")[1] == 13

@@ -121,7 +121,7 @@ def test_generate_draws_the_classes_that_are_asked_for(run, run_door, told, tmp_
     words = ["--workdir", run, "--out", out, "--num_steps", "3", "--num", "2"]
     code, said, err = run_door(generate.main, *words, "--labels", "7,1,3")
     assert code == 0, err
-    assert f"wrote {out}: 2 of each of 7, 1, 3" in said
+    assert f"wrote {out}: 2 of each of 7, 1, 3; 3 predictions" in said
     assert Image.open(out).size == (3 * 34 - 2, 2 * 34 - 2)
     other = ["--workdir", run, "--labels", "1"]
     assert "must end in .png or" in told(generate.main, *other, "--out", "x.xyz")
@@ -147,8 +147,7 @@ def test_generate_draws_the_classes_that_are_asked_for(run, run_door, told, tmp_
         "--perturb_scale",
         "2",
         "--perturb_interval",
-        "0",
-        ".8",
+        "0,.8",
     )
     assert code == 0 and "wrote" in said, err
 

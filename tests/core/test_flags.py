@@ -72,6 +72,34 @@ def test_a_tuple_takes_several_words():
     assert parse("--from=hf,a/b").flags.from_ == ("hf", "a/b")
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranged:
+    """Acts within a range.
+
+    Attributes:
+        interval: its ends.
+        num: how many.
+    """
+
+    interval: tuple[float, float] | None = None
+    num: int | None = None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--interval", "0.2,.7"], ["--interval=0.2,.7"], ["--interval", "0.2", ".7"]],
+    ids=" ".join,
+)
+def test_a_pair_of_numbers_is_two_words_or_one_with_a_comma(words):
+    line = parse(*words, "--num", "3", options=Ranged)
+    assert line.flags == Ranged((0.2, 0.7), 3)
+    assert parse("--interval", "-1,2", options=Ranged).flags.interval == (-1.0, 2.0)
+    refused("^--interval: ", "--interval", "0.2,0.3,0.4", options=Ranged)
+    refused("^--interval: needs a value", "--interval", "0.2", options=Ranged)
+    # In texts a comma is a character.
+    assert parse("--from", "hf,x", "a/b").flags.from_ == ("hf,x", "a/b")
+
+
 def test_config_and_overrides_are_collected_in_order():
     line = parse("--config", "f.py:x", "--config.a.b=1=2", "--config.c", "-1")
     assert line.config == "f.py:x"

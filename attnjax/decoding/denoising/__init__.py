@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from attnjax.core.errors import UserError
 from attnjax.decoding.denoising import chains, flows
@@ -22,8 +23,9 @@ def sample(
     sampler: str,
     num_steps: int,
     start: jax.Array | None = None,
+    return_evaluations: bool = False,
     **options,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Samples of a noising process, as one scan over its steps.
 
     Traceable: under `jax.jit`, with the network's parameters among the arguments, the
@@ -35,9 +37,11 @@ def sample(
         process: what the network was trained on.
         shape: [B, ..., channels] of the samples.
         prng_key: of the first noise and of that of each step: one key, or typed keys
-            [B], one a row, with which a row does not depend on its batch.
+            [B], one a row, with which a row does not depend on its batch (but with
+            dopri5, whose steps rows share).
         sampler, num_steps, options: the fields of `Settings`.
         start: the first noise instead of a draw, `shape`.
+        return_evaluations: also return how often the network was evaluated, int32.
 
     Returns:
         [B, ..., channels], float32 (float64 for a `start` in float64).
@@ -61,7 +65,13 @@ def sample(
             f"sample: start must have the shape of the samples, {tuple(shape)}; "
             f"got start of shape {start.shape}. Give noise of that shape."
         )
-    if sampler in ("euler", "heun"):
-        return flows.ode(denoise, process, settings, start=start)
-    draw = {"ddpm": chains.ddpm, "ddim": chains.ddim, "sde": flows.sde}[sampler]
-    return draw(denoise, process, settings, start=start, prng_key=steps_key)
+    given = (denoise, process, settings)
+    if sampler == "dopri5":
+        found = flows.adaptive_ode(*given, start=start)
+    elif sampler in ("euler", "heun"):
+        found = flows.ode(*given, start=start), jnp.int32(settings.evaluations())
+    else:
+        draw = {"ddpm": chains.ddpm, "ddim": chains.ddim}.get(sampler, flows.sde)
+        x = draw(*given, start=start, prng_key=steps_key)
+        found = x, jnp.int32(settings.evaluations())
+    return found if return_evaluations else found[0]

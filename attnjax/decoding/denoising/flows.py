@@ -1,4 +1,5 @@
-"""Samplers of flows: the ODE by Euler or Heun steps, and the SDE by Euler-Maruyama."""
+"""Samplers of flows: the ODE by Euler, Heun or adaptive steps, and the SDE by
+Euler-Maruyama or by Heun steps."""
 
 from collections.abc import Callable
 
@@ -6,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.decoding.denoising import adaptive
 from attnjax.decoding.denoising.draws import normal, split
 from attnjax.tasks.denoising import Flow
 from attnjax.tasks.denoising.flow import Scales
@@ -59,6 +61,36 @@ def ode(
     return jax.lax.scan(body, start, times)[0]
 
 
+def adaptive_ode(
+    denoise: Denoise, flow: Flow, settings: Settings, *, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """dx = v dt from the noise to the data by `adaptive.dopri5`, which finds its steps.
+
+    Source: Ma et al. (SiT), arXiv 2401.08740, section 4, and their code's tolerances.
+    Differs: their last step may pass the end and is brought back by interpolation;
+    here it ends there.
+
+    Args:
+        denoise, start: as in `ode`.
+
+    Returns:
+        Data, like `start`, NaN where `num_steps` tried steps did not suffice, and how
+        often the network was evaluated, int32.
+    """
+    first, last = flow.interval(sampling=True)
+    atol = 1e-6 if settings.atol is None else settings.atol
+    rtol = 1e-3 if settings.rtol is None else settings.rtol
+    return adaptive.dopri5(
+        lambda x, t: _guess(denoise, flow, x, t).velocity,
+        start,
+        first=first,
+        last=last,
+        atol=atol,
+        rtol=rtol,
+        max_steps=settings.num_steps,
+    )
+
+
 def sde(
     denoise: Denoise,
     flow: Flow,
@@ -69,8 +101,9 @@ def sde(
 ) -> jax.Array:
     """dx = (v + w s) dt + sqrt(2 w) dW, then one step to the end without noise.
 
-    `num_steps` evaluations of the network: num_steps - 1 Euler-Maruyama steps of equal
-    size, and the last step of `last_step_size`.
+    num_steps - 1 steps of equal size, and the last step of `last_step_size`. A step is
+    one of Euler-Maruyama, or of "sde_heun": the noise is added first, then a Heun step
+    of the drift from there.
     Source: Ma et al. (SiT), arXiv 2401.08740, equation 4, and their code's sampling of
     the SDE. Differs: nothing.
 
@@ -87,14 +120,24 @@ def sde(
         diffusion = form(flow.scales(t), t)
         return guess, guess.velocity + diffusion * guess.score, diffusion
 
-    def body(x, now):
+    def euler(x, now):
         t, key = now
         _, slope, diffusion = drift(x, t)
         noise = normal(key, x.shape, x.dtype)
         return x + size * slope + jnp.sqrt(2 * diffusion * size) * noise, None
 
+    def heun(x, now):
+        t, key = now
+        diffusion = form(flow.scales(t), t)
+        noise = normal(key, x.shape, x.dtype)
+        x = x + jnp.sqrt(2 * diffusion * size) * noise
+        slope = drift(x, t)[1]
+        ahead = drift(x + size * slope, t + size)[1]
+        return x + size / 2 * (slope + ahead), None
+
     keys = split(prng_key, settings.num_steps - 1)
     steps = (jnp.asarray(times[:-1], start.dtype), keys)
+    body = heun if settings.sampler == "sde_heun" else euler
     x = jax.lax.scan(body, start, steps)[0]
     guess, slope, _ = drift(x, jnp.asarray(last, x.dtype))
     if settings.last_step == "tweedie":

@@ -2,10 +2,14 @@
 
 import dataclasses
 
-from attnjax.core.errors import UserError, unknown
+from attnjax.core.errors import UserError, nearest, unknown
 from attnjax.tasks.denoising import Flow, Gaussian
 
-SAMPLERS = {Gaussian: ("ddpm", "ddim"), Flow: ("euler", "heun", "sde")}
+SAMPLERS = {
+    Gaussian: ("ddpm", "ddim"),
+    Flow: ("euler", "heun", "dopri5", "sde", "sde_heun"),
+}
+SDES = ("sde", "sde_heun")
 DIFFUSIONS = (
     "constant",
     "sigma",
@@ -19,10 +23,16 @@ LAST_STEPS = ("mean", "euler", "tweedie")
 OWNERS = {
     "clip": ("ddpm", "ddim"),
     "eta": ("ddim",),
-    "diffusion": ("sde",),
-    "last_step": ("sde",),
-    "last_step_size": ("sde",),
+    "diffusion": SDES,
+    "last_step": SDES,
+    "last_step_size": SDES,
+    "atol": ("dopri5",),
+    "rtol": ("dopri5",),
 }
+
+
+# Those whose values are names.
+NAMED = ("diffusion", "last_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +40,24 @@ class Settings:
     """A sampler and its options; None is the default. Static and hashable.
 
     Attributes:
-        sampler: of a Gaussian process "ddpm" or "ddim"; of a flow "euler" or "heun"
-            (the ODE), or "sde".
-        num_steps: steps. Each evaluates the network once, of heun twice. ddpm, ddim: of
-            the chain, 2 to `process.steps`. sde: the last one has no noise; >= 2.
+        sampler: of a Gaussian process "ddpm" or "ddim"; of a flow "euler", "heun" or
+            "dopri5" (the ODE), or "sde" or "sde_heun".
+        num_steps: steps. Each evaluates the network once, of heun and sde_heun twice.
+            ddpm, ddim: of the chain, 2 to `process.steps`. sde, sde_heun: the last one
+            has no noise and evaluates once; >= 2. dopri5: tried at most, with 6
+            evaluations each; samples are NaN where they do not suffice.
         clip: ddpm, ddim: estimates of the data are limited to [-clip, clip] (off).
         eta: ddim: share of ddpm's noise in [0, 1]; 0 (default) is deterministic.
-        diffusion: sde: w(t), half the squared size of the noise: "constant" 1, "sigma"
-            sigma_t (default), "linear" 1 - t, "sbdm" g of `Scales.pull`, "decreasing"
-            (cos(pi t) + 1)^2 / 4, "increasing_decreasing" sin(pi t)^2.
-        last_step: sde: how the last step reaches the data: "mean" (default) by the
-            SDE's drift without noise, "euler" by the velocity, "tweedie" by the
+        diffusion: sde, sde_heun: w(t), half the squared size of the noise: "constant"
+            1, "sigma" sigma_t (default), "linear" 1 - t, "sbdm" g of `Scales.pull`,
+            "decreasing" (cos(pi t) + 1)^2 / 4, "increasing_decreasing" sin(pi t)^2.
+        last_step: of these: how the last step reaches the data: "mean" (default) by
+            the SDE's drift without noise, "euler" by the velocity, "tweedie" by the
             estimate x/alpha + sigma^2/alpha score.
-        last_step_size: sde: time left to the last step, in (0, 1); 0.04 by default.
+        last_step_size: of these: time left to the last step, in (0, 1); 0.04 by
+            default.
+        atol, rtol: dopri5: a step's error, as a root mean square over all entries, is
+            at most atol + rtol |x| (1e-6, 1e-3).
     """
 
     sampler: str
@@ -52,10 +67,12 @@ class Settings:
     diffusion: str | None = None
     last_step: str | None = None
     last_step_size: float | None = None
+    atol: float | None = None
+    rtol: float | None = None
 
     def __post_init__(self):
         self._check_owners()
-        least = 1 if self.sampler in ("euler", "heun") else 2
+        least = 1 if self.sampler in ("euler", "heun", "dopri5") else 2
         if self.num_steps < least:
             raise UserError(
                 f"sampler {self.sampler}: num_steps must be at least {least}; "
@@ -72,14 +89,26 @@ class Settings:
                 "0 is deterministic, 1 has the noise of ddpm."
             )
         if self.diffusion is not None and self.diffusion not in DIFFUSIONS:
-            raise unknown("sampler sde", "diffusion", self.diffusion, DIFFUSIONS)
+            raise unknown(
+                f"sampler {self.sampler}", "diffusion", self.diffusion, DIFFUSIONS
+            )
         if self.last_step is not None and self.last_step not in LAST_STEPS:
-            raise unknown("sampler sde", "last_step", self.last_step, LAST_STEPS)
+            raise unknown(
+                f"sampler {self.sampler}", "last_step", self.last_step, LAST_STEPS
+            )
         if self.last_step_size is not None and not 0 < self.last_step_size < 1:
             raise UserError(
-                "sampler sde: last_step_size must be in (0, 1); "
+                f"sampler {self.sampler}: last_step_size must be in (0, 1); "
                 f"got last_step_size={self.last_step_size}. The default is 0.04."
             )
+
+        for name in ("atol", "rtol"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(
+                    f"sampler dopri5: {name} must be positive; got {name}={value}. "
+                    "The defaults are atol=1e-6, rtol=1e-3."
+                )
 
     def _check_owners(self):
         known = sorted(sum(SAMPLERS.values(), ()))
@@ -114,28 +143,68 @@ class Settings:
                     f"the process; got num_steps={self.num_steps}, "
                     f"steps={process.steps}. Take fewer."
                 )
-        elif self.sampler == "sde":
+        elif self.sampler in SDES:
             self._check_sde(process)
 
     def _check_sde(self, flow: Flow) -> None:
         first, last = self.sde_interval(flow)
         if not first < last:
             raise UserError(
-                "sampler sde: last_step_size must leave time to the steps before it; "
-                f"got last_step_size={self.last_step_size}, which starts at {last}, "
-                f"with sampling_cut={first}. Take a smaller one."
+                f"sampler {self.sampler}: last_step_size must leave time to the steps "
+                f"before it; got last_step_size={self.last_step_size}, which starts at "
+                f"{last}, with sampling_cut={first}. Take a smaller one."
             )
         if self.diffusion == "sbdm" and flow.path != "vp" and first == 0:
             raise UserError(
-                "sampler sde: diffusion=sbdm is infinite at t = 0 on this path; got "
-                f"path={flow.path}, a start at t = 0. Give the process a sampling_cut, "
-                "as 1e-3, or take another diffusion."
+                f"sampler {self.sampler}: diffusion=sbdm is infinite at t = 0 on this "
+                f"path; got path={flow.path}, a start at t = 0. Give the process a "
+                "sampling_cut, as 1e-3, or take another diffusion."
             )
+
+    def evaluations(self) -> int | None:
+        """How often the network is evaluated; None where the samples decide it."""
+        if self.sampler == "dopri5":
+            return None
+        if self.sampler == "sde_heun":
+            return 2 * self.num_steps - 1
+        return self.num_steps * (2 if self.sampler == "heun" else 1)
 
     def sde_interval(self, flow: Flow) -> tuple[float, float]:
         """First time of the SDE, and that from which its last step goes to the end."""
         size = 0.04 if self.last_step_size is None else self.last_step_size
         return flow.interval(sampling=True)[0], 1.0 - size
+
+
+def parse_options(text: str) -> dict[str, float | str]:
+    """{option: value} of "diffusion=linear,last_step=tweedie"; none for "".
+
+    Raises:
+        ValueError: for text of another form, an option twice or one that no sampler
+            has, and numbers that are none.
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or not value or name in found:
+            raise ValueError(
+                "sampler_options must be options with their values, each once, as "
+                f"'diffusion=linear,last_step=tweedie'; got {text!r}."
+            )
+        if name not in OWNERS:
+            raise ValueError(
+                f"sampler_options: unknown option {name!r}. {nearest(name, OWNERS)}"
+            )
+        found[name] = value if name in NAMED else _number(name, value)
+    return found
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(
+            f"sampler_options: {name} must be a number; got {value!r}."
+        ) from None
 
 
 def default_sampler(process: Gaussian | Flow) -> str:

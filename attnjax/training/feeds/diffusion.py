@@ -12,7 +12,7 @@ from attnjax.core import mappings, schema
 from attnjax.core.errors import UserError
 from attnjax.models import dit
 from attnjax.tasks import denoising, diffusion
-from attnjax.tasks.denoising import perturbing, sampling
+from attnjax.tasks.denoising import perturbing
 from attnjax.training import disk
 from attnjax.training.feeds.base import Batch, Reference
 from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
@@ -57,8 +57,7 @@ class DiffusionFeed(ImageFeed):
         draw = schema.build(DrawConfig, config["eval"]["draw"], path="config.eval.draw")
         if not draw.per_class:
             return
-        sampler = draw.sampler or sampling.default_sampler(process)
-        sampling.Settings(sampler=sampler, num_steps=draw.steps).check(process)
+        draw.sampler_settings(process)
         if draw.guidance != 1.0 and not config["model"]["label_dropout"]:
             raise UserError(
                 "config.eval.draw.guidance: needs a model that was also trained "

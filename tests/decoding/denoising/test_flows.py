@@ -10,7 +10,7 @@ import pytest
 from attnjax.decoding.denoising import sample
 from attnjax.decoding.denoising.flows import DIFFUSION
 from attnjax.tasks.denoising import Flow
-from attnjax.tasks.denoising.sampling import DIFFUSIONS
+from attnjax.tasks.denoising.sampling import DIFFUSIONS, Settings
 
 STD = 0.6
 ROWS = 20_000
@@ -111,6 +111,84 @@ def test_the_sde_returns_the_variance_of_the_data(flow, options):
     assert abs(x.mean()) < 0.02
 
 
+@pytest.mark.parametrize("diffusion", ["constant", "sbdm", "increasing_decreasing"])
+def test_heun_steps_of_the_sde_return_it_too(diffusion):
+    flow = Flow(sampling_cut=0.02)
+    options = {"diffusion": diffusion, "last_step": "tweedie", "last_step_size": 0.01}
+    x = draw(flow, sampler="sde_heun", num_steps=200, **options)
+    np.testing.assert_allclose(x.var(), STD**2, rtol=0.04)
+
+
+def test_a_heun_step_of_the_sde_adds_its_noise_first():
+    # Two steps: one of Heun from t = 0 to 0.9 and the last one by the estimate.
+    flow, end = Flow(), 0.9
+    options = {"num_steps": 2, "last_step_size": 0.1, "last_step": "tweedie"}
+    x = draw(flow, sampler="sde_heun", rows=7, start=START, **options)
+    keys = jax.random.split(jax.random.split(jax.random.key(0), 2)[1], 1)
+    noise = jax.random.normal(keys[0], START.shape)
+    first = np.asarray(START + np.sqrt(2 * end) * noise, np.float64)
+
+    def drift(x, t):
+        variance = t**2 * STD**2 + (1 - t) ** 2
+        return x * (t * STD**2 - (1 - t) - (1 - t)) / variance
+
+    slope = drift(first, 0.0)
+    at = first + end / 2 * (slope + drift(first + end * slope, end))
+    variance = end**2 * STD**2 + (1 - end) ** 2
+    wanted = (at - (1 - end) ** 2 * at / variance) / end
+    np.testing.assert_allclose(x, wanted[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+def test_adaptive_steps_reach_the_closed_form_within_their_tolerance(path):
+    flow = Flow(path=path)
+    wanted = STD * np.asarray(START)[:, 0]
+    counts = []
+    for rtol in (None, 1e-6):
+        x, count = jax.jit(
+            functools.partial(
+                sample,
+                exact(flow),
+                flow,
+                shape=(7, 1),
+                sampler="dopri5",
+                num_steps=40,
+                start=START,
+                rtol=rtol,
+                return_evaluations=True,
+            )
+        )(prng_key=jax.random.key(0))
+        tolerance = 1e-6 + (rtol or 1e-3) * np.abs(wanted)
+        assert np.all(np.abs(x[:, 0] - wanted) <= tolerance + 2e-6)
+        counts.append(int(count))
+    assert 20 < counts[0] < counts[1] < 200 and counts[0] % 6 == 1
+
+
+def test_too_few_adaptive_steps_give_no_number():
+    x = draw(Flow(), sampler="dopri5", num_steps=2, rows=7, start=START)
+    assert np.isnan(x).all()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "count"), [("euler", 5), ("heun", 10), ("sde", 5), ("sde_heun", 9)]
+)
+def test_evaluations_are_counted(sampler, count):
+    _, found = jax.eval_shape(
+        lambda key: sample(
+            exact(Flow()),
+            Flow(),
+            shape=(2, 1),
+            prng_key=key,
+            sampler=sampler,
+            num_steps=5,
+            return_evaluations=True,
+        ),
+        jax.random.key(0),
+    )
+    assert found.dtype == jnp.int32
+    assert Settings(sampler=sampler, num_steps=5).evaluations() == count
+
+
 def test_the_last_step_is_free_of_noise_and_of_three_kinds():
     t, size = 0.9, 0.1
     variance = t**2 * STD**2 + (1 - t) ** 2
@@ -135,6 +213,7 @@ def test_the_last_step_is_free_of_noise_and_of_three_kinds():
         ("euler", 1, [0.0, 0.25, 0.5, 0.75]),
         ("heun", 2, [0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0]),
         ("sde", 2, [0.0, 0.32, 0.64, 0.96]),
+        ("sde_heun", 3, [0.0, 0.32, 0.32, 0.64, 0.64, 0.96, 0.96]),
     ],
 )
 def test_the_network_is_traced_once_a_stage_and_asked_at_the_steps_times(

@@ -103,8 +103,9 @@ def means(query, mask):
         ("mean_query", {}, None),
         ("mean_query", {"window": 4, "weight_map": "off_by_one"}, "packed"),
         ("temperature", {}, "packed"),
+        ("temperature", {"weight_map": "off_by_one"}, None),
     ],
-    ids=["mean query", "mean query of a window, with a sink", "temperature"],
+    ids=["mean query", "mean query, window, sink", "temperature", "and a sink"],
 )
 def test_mean_queries_and_temperatures_are_fused_and_written_out(
     target, options, layout
