@@ -59,6 +59,9 @@ def mechanisms(side):
         "halo": _options("halonet", block=window, halo=halo),
         "block and grid (MaxViT)": _options("maxvit", window=window),
         "window and channel (DaViT)": _options("davit", window=window),
+        "anchored windows": _options("shift_equivariance", window=window),
+        "reversed (DependencyViT)": _options("dependencyvit"),
+        "TAP and ADL": _options("tap_adl"),
     }
 
 
