@@ -40,3 +40,4 @@ def _check_fits(run: Loaded, here: experiment.Experiment) -> None:
             "ask for other parameters than the run has (- has, + wanted):\n"
             + "\n".join(lines[:12] + here.feed.fit_cures(run.model))
         )
+    here.feed.check_places(run.model, here.model)

@@ -210,7 +210,7 @@ def test_held_out_images_of_a_denoiser_know_their_place(made):
                 "task": {"noise": {"process": "flow"}},
                 "eval": {"draw": {"sampler": "ddim"}},
             },
-            "must be one of euler, heun, sde for a process of kind flow",
+            "one of euler, heun, dopri5, sde, sde_heun for a process of kind flow",
         ),
     ],
 )

@@ -202,6 +202,11 @@ class Feed(abc.ABC):
         """Lines on how a model that was made for other data can read this data."""
         return []
 
+    def check_places(self, model: Any, own: Any) -> None:
+        """Raise UserError where the tokens of this data have other positions in `own`,
+        the model that is made for it, than in the run's `model`, and nobody said so."""
+        del model, own
+
     @property
     def summary_facts(self) -> dict[str, Any]:
         """What `task.summary` must know of the held-out split."""

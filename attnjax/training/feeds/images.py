@@ -260,6 +260,20 @@ class ImageFeed(Feed):
         grid = model.positions_grid[0]
         return [f"Positions are resampled with --config.model.positions_grid={grid}."]
 
+    def check_places(self, model: Any, own: Any) -> None:
+        """See `Feed`: fixed positions of a grid; learned ones have another shape."""
+        if getattr(own.config, "positions", None) != "sincos":
+            return
+        trained, grid = model.positions_grid[0], own.positions_grid[0]
+        if trained == grid:
+            return
+        raise UserError(
+            "config.model.positions_grid: must be said for images of another size, "
+            f"where positions=sincos were trained on {trained} x {trained} patches; "
+            f"got none, and {grid} x {grid} patches. Set it: {trained} keeps them "
+            f"within the trained ones, {grid} counts on from the corner."
+        )
+
     def more_summary(self, model: Any) -> dict[str, Any]:
         """How many images could not be read while the run went on; they had no weight
         (those found when the data was opened are in the manifest)."""
