@@ -33,7 +33,7 @@ from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
 from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
 from attnjax.mixers import attention
-from attnjax.mixers.slots import sizes, windowed
+from attnjax.mixers.slots import options, sizes, windowed
 from attnjax.mixers.slots import windows as cuts
 from attnjax.mixers.slots.base import Call
 
@@ -112,7 +112,8 @@ class Config:
 
 
 def tokens_of(dims: MixerDims) -> int:
-    """N, the tokens that a layer is made for: those of the grid and before it."""
+    """N, the tokens that a layer is made for: those of the grid and before it. Where
+    there is no grid, and a layer is counted but not built, the longest sequence."""
     if dims.grid is None:
         return dims.max_len
     return dims.prefix_tokens + math.prod(dims.grid)
@@ -234,11 +235,10 @@ class Predictor(nnx.Module):
         make = partial(nn.param, rngs, dtype=dtype_of(dims.param_dtype))
         # Names that weight decay passes by, which would shrink what has no gradient.
         normal, zeros = initializers.normal(dims.init_std), initializers.zeros
-        self.query, self.query_bias = (
-            make((head_dim, width), normal),
-            make((width,), zeros),
-        )
-        self.key, self.key_bias = make((head_dim, width), normal), make((width,), zeros)
+        self.query = make((head_dim, width), normal)
+        self.query_bias = make((width,), zeros)
+        self.key = make((head_dim, width), normal)
+        self.key_bias = make((width,), zeros)
         basis = initializers.truncated_normal(BASIS_STD)
         shape = (tokens, rank_of(config, tokens))
         self.down = make(shape, basis)
@@ -291,7 +291,14 @@ class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: MixerDims, *, rngs: nnx.Rngs):
         cuts.need_grid(dims, owner="sparsifiner")
         super().__init__(layer_config(config), dims, rngs=rngs)
-        windowed.refuse_attend(self, "sparsifiner")
+        options.refuse_changes(
+            self.slots(),
+            ("attend",),
+            self.shape,
+            dims,
+            owner="sparsifiner",
+            why="scores and weight map are those that the predictor learns",
+        )
         self.config = config
         self.predictor = Predictor(config, dims, self.shape.head_dim, rngs=rngs)
 
@@ -424,7 +431,8 @@ SPEC = MixerSpec(
         "and kernels compute every pair and hide what is not kept, as the authors' "
         "code does. FLOPs count what is computed.",
         "With loss_over=batch the loss is a sum over the images of a micro-batch, so "
-        "its share of the training loss grows with their number.",
+        "its share of the training loss, and of the gradient that is clipped, grows "
+        "with their number.",
         "Token pruning by the class token's attention is left out: tokens that are "
         "gone for all further layers are not a mixer's to remove.",
         "No causal form: P mixes all tokens.",

@@ -358,5 +358,5 @@ def test_requests_that_the_layer_is_not_made_for_are_refused(masked):
         layer(reduce=5).build()
     with pytest.raises(UserError, match="sparsifiner: needs the grid"):
         made(sparsifiner, None).build()
-    with pytest.raises(UserError, match="sparsifiner: rows of the kernel are its own"):
+    with pytest.raises(UserError, match="sparsifiner: scores and weight map are those"):
         layer(output=({"type": "attention_sink_survey"},)).build()
