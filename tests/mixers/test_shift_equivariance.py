@@ -5,15 +5,17 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from grid_layers import applied, by_hand, close, heads, made, out, wide
 from grid_layers import tokens as tokens_of
 
 from attnjax import nn
 from attnjax.core import schema
-from attnjax.core.context import Hook
+from attnjax.core.context import Context, Hook, MixerOut
 from attnjax.core.errors import UserError
 from attnjax.mixers import attention, shift_equivariance
 from attnjax.models import pyramid, vit
+from attnjax.models.block import Block, BlockDims
 
 GRID, D = (6, 4), 6
 LAYERS = {
@@ -184,12 +186,26 @@ def moved_by(logits):
 
 
 def test_a_model_of_windows_and_cells_keeps_its_logits_under_every_shift():
-    """Norms of normed tokens are all alike: layers are told by the residual stream."""
     images = shifted_images()
     options = MODEL | {"layers": "local global", "num_layers": 2, "num_heads": 2}
     options["registers"] = 1
     logits = logits_of(vit, images, **options)
     assert logits.std() > 0.1 and moved_by(logits).max() < 1e-4
+
+
+def test_a_block_tells_the_stream_in_front_of_its_norm_to_mixers_that_read_it():
+    class Reads(nnx.Module):
+        reads_residual = shift_equivariance.Mixer.reads_residual
+
+        def __call__(self, x, ctx):
+            return ctx.residual, MixerOut()
+
+    block = Block(
+        lambda *, rngs: Reads(), BlockDims(embed_dim=3, mlp_dim=0), rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    y, _, _ = block(x, {}, Context(positions=np.zeros((2, 5), np.int32)))
+    close(y, 2 * x)
 
 
 @pytest.mark.parametrize("positions", ["anchored", "none"])
