@@ -78,8 +78,8 @@ def roots(mask: np.ndarray) -> np.ndarray:
     """The token that mostly receives, int [...]: the largest difference of what it gets
     from other tokens and what it sends to them. Arguments of `parents`."""
     mask = np.asarray(mask)
-    others = mask * (1 - np.eye(mask.shape[-1], dtype=mask.dtype))
-    return (others.sum(-1) - others.sum(-2)).argmax(-1)
+    # What it sends itself is in both sums.
+    return (mask.sum(-1) - mask.sum(-2)).argmax(-1)
 
 
 def leads_to_root(parents: np.ndarray, root: int) -> np.ndarray:

@@ -281,6 +281,7 @@ def test_the_strongest_of_those_left_are_kept_and_the_first_of_equal_ones():
     kept = jnp.asarray([[True, False, True, True, True]])
     found = jitted(dependencyvit.strongest)(score, kept, 2)
     assert found.tolist() == [[True, False, False, True, False]]
+    assert (dependencyvit.strongest(score, kept, 5) == kept).all()
 
 
 PRUNED = {"prune": (0, 1), "prune_rate": 0.25, "positions": "none"}
