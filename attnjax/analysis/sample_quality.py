@@ -15,6 +15,7 @@ import numpy as np
 
 from attnjax.core.errors import UserError
 from attnjax.decoding.run import LoadedClassifier, LoadedDenoiser
+from attnjax.training.feeds.images import load_latents
 
 AT_ONCE = 250
 # Rows of distances that are in memory, and images that are taken of endless data.
@@ -32,8 +33,15 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
         one, other: features [N, F] and [M, F]; N and M are at least 2.
     """
     one, other = (np.asarray(x, np.float64) for x in (one, other))
-    gap = one.mean(axis=0) - other.mean(axis=0)
     first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (one, other))
+    return frechet_of_moments(one.mean(axis=0), first, other.mean(axis=0), second)
+
+
+def frechet_of_moments(
+    mean: np.ndarray, first: np.ndarray, other: np.ndarray, second: np.ndarray
+) -> float:
+    """`frechet_distance` from means [F] and covariances [F, F], float64."""
+    gap = mean - other
     # The roots of S S' are those of S^(1/2) S' S^(1/2), which is symmetric.
     root = _symmetric_root(first)
     values = np.linalg.eigvalsh(root @ second @ root)
@@ -122,12 +130,19 @@ class Judge:
                 f"vit); got {self.classifier.path}, config.model.name="
                 f"{self.classifier.config['model']['name']}."
             )
-        data, size = self.denoiser.feed.data, self.denoiser.model.image_size
-        if data.image_size != size:
+        size, own = self.denoiser.model.image_size, self.denoiser.feed.image_shape[0]
+        if own != size:
             raise UserError(
                 "--judge: compares samples with images of their size; got "
-                f"config.data.image_size={data.image_size}, the samples have {size}. "
+                f"config.data.image_size={own}, the samples have {size}. "
                 "Leave it out."
+            )
+        kinds = [_encoded(run) for run in (self.classifier, self.denoiser)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                "--judge: must have learned what is drawn; got a classifier of "
+                f"{kinds[0]}, the samples are {kinds[1]}. Train one on the same data, "
+                "or use --features with --vae."
             )
         for name in ("image_size", "channels"):
             own, wanted = (
@@ -178,9 +193,27 @@ def _looks(model, params, buffers, part):
 
 
 def _normalisation(run: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and the standard deviation of a run's `config.data`."""
+    """The mean and the standard deviation of a run's `config.data`; latents are
+    scaled as they are encoded."""
     data = run.config["data"]
+    if _is_latent(data):
+        return np.float32(0.0), np.float32(1.0)
     return np.asarray(data["mean"], np.float32), np.asarray(data["std"], np.float32)
+
+
+def _is_latent(data: dict) -> bool:
+    from attnjax.data import images
+
+    return images.config_class(data["name"]).is_latent
+
+
+def _encoded(run: Any) -> str:
+    """What a run's images are, for a comparison."""
+    if not _is_latent(run.config["data"]):
+        return "pixels"
+    facts = load_latents(run.path)
+    of = str(facts.encoder.get("fingerprint", "unknown"))[:12]
+    return f"latents (scale {facts.scale}, shift {facts.shift}, encoder {of})"
 
 
 def judged(
@@ -205,13 +238,27 @@ def judged(
         have); "precision" and "recall" against the training images.
     """
     judge = Judge(classifier, denoiser)
+    return judged_samples(judge, *samples_of(denoiser, per_class, **settings))
+
+
+def samples_of(
+    denoiser: LoadedDenoiser, per_class: int, **settings: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples float32 [N, H, W, Ch] as they are drawn, and their classes int [N]."""
     labels = np.repeat(np.arange(len(denoiser.class_names)), per_class)
     parts = [
         denoiser.draw(labels[start : start + AT_ONCE].tolist(), **_own(settings, start))
         for start in range(0, len(labels), AT_ONCE)
     ]
+    return np.concatenate(parts), labels
+
+
+def judged_samples(
+    judge: Judge, images: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """`judged` of samples [N, H, W, Ch] that are there."""
     real, held_out = data_features(judge)
-    found = compared(judge, np.concatenate(parts), labels, real=real)
+    found = compared(judge, images, labels, real=real)
     return {**found, "frechet_held_out": frechet_distance(held_out, real)}
 
 

@@ -277,11 +277,11 @@ def require_text(config: dict, owner: str) -> None:
         )
 
 
-def require_denoiser(run: Loaded) -> LoadedDenoiser:
-    """The run, if it is one of a denoiser; UserError if not."""
+def require_denoiser(run: Loaded, *, owner: str = "--judge") -> LoadedDenoiser:
+    """The run, if it is one of a denoiser; UserError, of `owner`, if not."""
     if not isinstance(run, LoadedDenoiser):
         raise UserError(
-            f"--judge: looks at the samples of a denoiser; got {run.path}, "
+            f"{owner}: looks at the samples of a denoiser; got {run.path}, "
             f"config.model.name={run.config['model']['name']}. Leave it out."
         )
     return run

@@ -1,6 +1,7 @@
 """A tiny denoiser of latents through the front doors."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from PIL import Image
 
 import attnjax
 from attnjax import evaluate, generate, train
+from attnjax.analysis import sample_quality
 from attnjax.core.errors import EXIT_OK, UserError
 from attnjax.data import extract_latents
 from attnjax.data.images.latent_files import LatentFacts, new_latents
+from attnjax.decoding.run import LoadedClassifier
 from attnjax.training import experiment, feeds
 
 SIDE, CHANNELS = 4, 5
@@ -123,6 +126,44 @@ def test_a_plan_needs_the_index_alone(tmp_path):
     assert feed.planned_sizes() == sizes
     with pytest.raises(UserError, match="No such file"):
         feed.sizes()
+
+
+def test_features_are_asked_for_in_one_way(run, told, tmp_path):
+    asked = ["--workdir", run]
+    for words, message in (
+        (["--features_size", "299"], "--features_size: belongs to --features; got"),
+        (["--vae", "x"], "--vae: belongs to --features; got vae=x without it"),
+        (["--features", "torchscript:x"], "learned latents; got no --vae"),
+        (["--features", "x:y", "--vae", "z"], "must be torchscript:FILE; got 'x:y'"),
+        (["--features", "x", "--features_images", "1"], "must be at least 2"),
+        (
+            ["--features", "x", "--features_images", "9", "--features_reference", "r"],
+            "--features_images: counts images of the data",
+        ),
+    ):
+        assert message in told(evaluate.main, *asked, *words)
+
+
+def test_a_judge_must_have_learned_the_same_latents(run, tmp_path):
+    drawn = attnjax.load(run)
+    settings = {"data": {"name": "latents:x"}, "model": {"name": "vit"}}
+    model = types.SimpleNamespace(image_size=SIDE, channels=CHANNELS)
+
+    def classifier(**facts):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        made = json.loads((run / "latents.json").read_text())
+        (folder / "latents.json").write_text(json.dumps(made | facts))
+        names = drawn.class_names
+        return LoadedClassifier(folder, settings, model, {}, {}, 1, names)
+
+    judge = sample_quality.Judge(classifier(), drawn)
+    assert [float(x) for x in sample_quality._normalisation(judge.classifier)] == [0, 1]
+    with pytest.raises(UserError, match=r"a classifier of latents \(scale \(0\.1,\)"):
+        sample_quality.Judge(classifier(scale=[0.1]), drawn)
+    settings["data"] = {"name": "digits"}
+    with pytest.raises(UserError, match="a classifier of pixels, the samples are lat"):
+        sample_quality.Judge(classifier(), drawn)
 
 
 @pytest.mark.parametrize(

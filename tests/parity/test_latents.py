@@ -12,8 +12,11 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="extra `parity` is not installed")
 diffusers = pytest.importorskip("diffusers", reason="extra `parity` is not installed")
 
+from peers import close  # noqa: E402
+
 import attnjax  # noqa: E402
-from attnjax import generate, train  # noqa: E402
+from attnjax import evaluate, generate, train  # noqa: E402
+from attnjax.analysis.image_features import _chosen  # noqa: E402
 from attnjax.core.errors import UserError  # noqa: E402
 from attnjax.data import extract_latents, images  # noqa: E402
 from attnjax.data.images import latent_files  # noqa: E402
@@ -90,14 +93,22 @@ def test_stored_moments_are_the_autoencoders_own(vae, encoded):
             wanted = torch.cat([theirs.mean, theirs.logvar], 1).permute(0, 2, 3, 1)
             found = opened.rows[split][:, view]
             assert found.shape == (count, SIDE, SIDE, 2 * CHANNELS)
-            np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
+            close(found, wanted.numpy())
 
 
-def test_a_denoiser_learns_and_draws_latents(vae, encoded, tmp_path):
-    (tmp_path / "tiny.py").write_text(CONFIG)
-    run, out = tmp_path / "run", tmp_path / "some.png"
+@pytest.fixture(scope="module")
+def run(encoded, tmp_path_factory):
+    """A run of two steps on the latents."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.py").write_text(CONFIG)
     data = f"--config.data.name=latents:{encoded}"
-    train.main(["--config", f"{tmp_path}/tiny.py", "--workdir", str(run), data])
+    words = ["--config", str(folder / "tiny.py"), "--workdir", str(folder / "run")]
+    train.main([*words, data])
+    return folder / "run"
+
+
+def test_a_denoiser_learns_and_draws_latents(vae, run, tmp_path):
+    out = tmp_path / "some.png"
     summary = json.loads((run / "summary.json").read_text())
     assert np.isfinite(summary["final"]["loss"])
     asked = ["--workdir", str(run), "--labels", "c,a", "--num_steps", "2"]
@@ -114,6 +125,34 @@ def test_a_denoiser_learns_and_draws_latents(vae, encoded, tmp_path):
     sheet = np.asarray(Image.open(out))
     assert sheet.shape == (32, 66, 3)
     np.testing.assert_array_equal(sheet[::2, :32:2], found[0])
+
+
+class Means(torch.nn.Module):
+    """One feature of a picture."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().mean(dim=[1, 2, 3])[:, None]
+
+
+def test_features_are_of_decoded_samples_and_of_decoded_data(vae, run, tmp_path):
+    network, out = tmp_path / "means.pt", tmp_path / "m.json"
+    torch.jit.save(torch.jit.script(Means()), str(network))
+    asked = ["--workdir", str(run), "--out", str(out), "--vae", str(vae[1])]
+    few = ["--per_class", "3", "--num_steps", "2", "--features_images", "15"]
+    evaluate.main([*asked, *few, "--features", f"torchscript:{network}"])
+    found = json.loads(out.read_text())
+    assert found["features"].startswith("torchscript:means.pt (sha256 ")
+    assert found["frechet_data"] == "15 training decoded latents"
+    loaded, decoder = attnjax.load(run), open_vae(vae[1])
+    splits = (loaded.feed.corpus.eval, loaded.feed.corpus.train)
+    one, other = (
+        loaded.decoded(split.held(_chosen(split, 15))[0], decoder).mean((1, 2, 3))
+        for split in splits
+    )
+    gap, spread = one.mean() - other.mean(), one.std(ddof=1) - other.std(ddof=1)
+    wanted = gap**2 + spread**2
+    assert found["frechet_distance_held_out"] == pytest.approx(wanted, rel=1e-3)
+    assert found["frechet_distance"] > 0 and found["samples"] == 9
 
 
 def test_means_and_spreads_a_channel_are_read(vae, tmp_path):
