@@ -53,11 +53,11 @@ def top(values, count):
     return found
 
 
-def dense_of(qkv, extra=0):
-    """softmax(q.k / sqrt(D)) of all pairs, [B, H, T - extra, S]."""
+def scores_of(qkv):
+    """q.k / sqrt(D) of all pairs, [B, H, T, S]."""
     query, key, _ = qkv
     key = np.repeat(key, H // key.shape[2], axis=2)
-    return np.einsum("bthd,bshd->bhts", query[:, extra:], key) / D**0.5
+    return np.einsum("bthd,bshd->bhts", query, key) / D**0.5
 
 
 def estimate_of(params, qkv, *, extra, sparse, scale=H**-0.5, coefficients=3):
@@ -101,7 +101,7 @@ def test_the_masked_phase_is_the_formula_in_float64(masked):
     approx = estimate_of(params, qkv, extra=1, sparse=True)
     close(records["estimate"], approx)
     seen = np.concatenate([np.ones((2, H, 1, N), bool), top(approx, 4)], axis=2)
-    weights = softmax(np.where(seen, dense_of(qkv), -np.inf))
+    weights = softmax(np.where(seen, scores_of(qkv), -np.inf))
     close(records["weights"], weights)
     value = np.repeat(qkv[2], H // 2, axis=2)
     by_hand = np.einsum("bhts,bshd->bthd", weights, value)
@@ -114,14 +114,11 @@ def test_the_masked_phase_is_the_formula_in_float64(masked):
     close(plain, by_hand)
 
 
-def test_keep_of_one_gives_exactly_dense_attention(masked):
+def test_keep_of_one_gives_exactly_dense_attention(masked, dense):
     """Mask all ones, whatever is predicted."""
     s, x, ctx, *_ = masked
-    all_kept = layer(keep=1.0)
-    plain = made(attention, GRID, prefix_tokens=1, **HEADS)
-    rest = {name: a for name, a in s.arrays[0].items() if name != "predictor"}
-    y, found = all_kept.forward(s.arrays, x, ctx)
-    close(y, plain.forward((rest, {}), x, ctx)[0], atol=1e-6)
+    y, found = layer(keep=1.0).forward(s.arrays, x, ctx)
+    close(y, dense[-1][0], atol=1e-5)
     assert found.metrics["sparsifiner_kept"] == 1
 
 
@@ -142,15 +139,6 @@ def test_of_equal_estimates_the_first_keys_are_kept():
     assert np.all(sparsifiner.largest(values, 9))
 
 
-def test_what_takes_the_place_of_the_estimate_decides_which_keys_are_kept(masked):
-    """An oracle, a random mask or a fixed pattern in the predictor's place."""
-    s, x, ctx, *_ = masked
-    given = np.random.default_rng(3).normal(size=(1, 1, N - 1, N)).astype(np.float32)
-    _, _, records = forward(s, x, ctx, estimate=given)
-    seen = records["weights"][:, :, 1:] > 0
-    np.testing.assert_array_equal(seen, np.broadcast_to(top(given, 4), seen.shape))
-
-
 def test_with_a_threshold_a_query_without_keys_gives_zero():
     s = layer(keep=None, threshold=0.0)
     x, ctx = tokens(s, extra=1)
@@ -167,17 +155,24 @@ def test_with_a_threshold_a_query_without_keys_gives_zero():
     assert not np.any(y[:, 1:]) and np.abs(y[:, 0]).min() > 0
 
 
-def test_all_tokens_in_front_of_the_grid_attend_to_all():
-    """Registers as the class token does; without any every row is estimated."""
+def test_what_takes_the_place_of_the_estimate_decides_which_keys_are_kept():
+    """An oracle, a random mask or a fixed pattern in the predictor's place; behind
+    registers, which attend to all keys as the class token does."""
     s = layer(3)
     x, ctx = tokens(s, extra=3)
-    _, _, records = forward(s, x, ctx)
-    count = (records["weights"] > 0).sum(-1)
-    assert np.all(count[:, :, :3] == 15) and np.all(count[:, :, 3:] == 5)
-    bare = layer(0)
-    x, ctx = tokens(bare, extra=0)
+    given = np.random.default_rng(3).normal(size=(1, 1, 12, 15)).astype(np.float32)
+    _, _, records = forward(s, x, ctx, estimate=given)
+    seen = records["weights"] > 0
+    assert np.all(seen[:, :, :3])
+    expected = np.broadcast_to(top(given, 5), seen[:, :, 3:].shape)
+    np.testing.assert_array_equal(seen[:, :, 3:], expected)
+
+
+def test_without_a_class_token_every_row_is_estimated():
+    s = layer(0)
+    x, ctx = tokens(s, extra=0)
     hooks = (Hook("estimate", "estimate"),)
-    _, found, _ = jax.eval_shape(bare.call, bare.arrays, x, ctx.replace(hooks=hooks))
+    _, found, _ = jax.eval_shape(s.call, s.arrays, x, ctx.replace(hooks=hooks))
     assert found.records["estimate"].shape == (2, H, 12, 12)
 
 
@@ -251,7 +246,7 @@ def test_the_loss_is_a_sum_of_squares_over_all_pairs(dense):
     s, x, ctx, params, qkv, (y, found, records) = dense
     approx = estimate_of(params, qkv, extra=1, sparse=False)
     close(records["estimate"], approx)
-    whole = softmax(dense_of(qkv))
+    whole = softmax(scores_of(qkv))
     close(records["weights"], whole)
     squares = np.sum((approx - whole[:, :, 1:]) ** 2)
     close(found.losses["sparsifiner_loss"], 0.01 * squares, atol=1e-4)
