@@ -24,7 +24,8 @@ ORDER = [
     {"tasks"},
     {"training"},
     {"decoding"},
-    {"analysis", "studies", "planning", "conversion"},
+    {"analysis", "planning", "conversion"},
+    {"studies"},
     {"benchmarks", "conformance"},
 ]
 ALONE = {"core": set(), "kernels": set(), "data": {"core"}}
