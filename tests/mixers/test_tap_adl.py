@@ -103,12 +103,12 @@ def likeness_by_hand(weights, *, threshold=2.0, seen=None):
     return np.mean(cosines)
 
 
+LIKENESS = jitted(tap_adl.likeness)
+
+
 def likeness(weights, seen=None, threshold=2.0):
     seen = np.ones((1, 1, *weights.shape[2:]), bool) if seen is None else seen
-    found = tap_adl.likeness(
-        jnp.asarray(weights), jnp.asarray(seen), threshold=threshold
-    )
-    return float(found)
+    return float(LIKENESS(weights.astype(np.float32), seen, threshold=threshold))
 
 
 def some_weights(length=11, sharp=3.0, seed=0):
@@ -351,8 +351,9 @@ def test_without_pools_and_loss_a_layer_is_plain_attention():
     for module, options in ((tap_adl, off), (attention, {})):
         s = made(module, GRID, options, head_dim=6)
         x, ctx = tokens(s)
-        trace = jax.make_jaxpr(s.call)(s.arrays, x, ctx.replace(train=True))
-        traces.append((str(trace), jax.tree.map(np.shape, s.arrays[0])))
+        arrays = jax.eval_shape(s.init, 0)
+        trace = jax.make_jaxpr(s.call)(arrays, x, ctx.replace(train=True))
+        traces.append((str(trace), str(arrays)))
     assert traces[0] == traces[1]
 
 
@@ -368,12 +369,13 @@ def test_without_pools_and_loss_a_layer_is_plain_attention():
 def test_weights_are_computed_for_the_loss_alone(options, train, used):
     s = made(tap_adl, GRID, options)
     x, ctx = tokens(s)
+    arrays = jax.eval_shape(s.init, 0)
     with kernels.watching() as watch:
-        s_out = jax.eval_shape(s.call, s.arrays, x, ctx.replace(train=train))[1]
+        found = jax.eval_shape(s.call, arrays, x, ctx.replace(train=train))[1]
     (line,) = kernel_log.lines(watch.choices)
     assert line.startswith(f"attention by {used}: q [2, 15, 6, 6]")
-    assert ("adl" in s_out.metrics) == (used == "explicit")
-    assert ("adl_loss" in s_out.losses) == (used == "explicit" and not options)
+    assert ("adl" in found.metrics) == (used == "explicit")
+    assert ("adl_loss" in found.losses) == (used == "explicit" and not options)
     if used == "explicit":
         assert line.endswith("; its weights are read, which no kernel returns")
         (record,) = kernel_log.records(watch.choices)
@@ -427,13 +429,16 @@ def test_a_model_adds_the_mean_of_its_layers_losses():
                 **options,
                 "layers": "tap_adl",
                 "class_token": True,
-                "init_std": 0.6,
                 "mixers": {"tap_adl": {"diversity_weight": 2.0}},
             }
         ),
     )
     model = vit.ViT(config, image_size=6, channels=2, num_classes=3)
-    params, buffers = model.init(0)
+    rng = np.random.default_rng(4)
+    params, buffers = jax.tree.map(
+        lambda a: (0.5 * rng.normal(size=a.shape)).astype(np.float32),
+        jax.eval_shape(model.init, 0),
+    )
     pictures = images((6, 6), 2).astype(np.float32)
 
     def call(params, buffers, pictures):
