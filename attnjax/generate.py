@@ -31,7 +31,8 @@ class _RunFlags:
 
     Attributes:
         workdir: the run directory.
-        prompt: text: what to go on from (none: a newline).
+        prompt: text: what to go on from (none: a newline); images: the caption to
+            draw, of a model that reads captions.
         max_new_tokens: text: most tokens added (none: 200).
         temperature: text: divides the logits; 0 takes the most likely token (none:
             1).
@@ -93,7 +94,9 @@ def main(argv: list[str]) -> None:
             "attnjax.evaluate --workdir RUN"
         )
     draws = issubclass(kind, feeds.DiffusionFeed)
-    own, other = (IMAGES, TEXT) if draws else (TEXT, IMAGES)
+    own, other = (IMAGES, tuple(TEXT)) if draws else (tuple(TEXT), IMAGES)
+    if issubclass(kind, feeds.CaptionedFeed):
+        own, other = (*own, "prompt"), tuple(name for name in other if name != "prompt")
     what = "a denoiser of images" if draws else "a language model"
     draw_flags.refuse(
         flags,
@@ -152,6 +155,11 @@ def _images(flags: Flags) -> None:
     from attnjax.decoding.run import load_run
     from attnjax.training import disk
 
+    if flags.prompt is not None and flags.labels is not None:
+        raise UserError(
+            "--prompt: is drawn alone; got --labels too, "
+            f"prompt={flags.prompt!r}, labels={flags.labels}. Leave one of them out."
+        )
     run = load_run(flags.workdir, step=flags.step)
     is_array = run.latents is not None and flags.vae is None
     kinds = ARRAYS if is_array else PICTURES
@@ -163,10 +171,13 @@ def _images(flags: Flags) -> None:
         if vae.fingerprint != facts.encoder.get("fingerprint"):
             name = facts.encoder.get("name", "another")
             print(f"--vae: not the one that made the latents ({name})")
-    names = run.class_names
-    if flags.labels not in (None, "all"):
+    names, make = run.class_names, run.labels
+    if flags.prompt is not None:
+        names, make = (flags.prompt,), run.prompts
+    elif flags.labels not in (None, "all"):
         names = tuple(name.strip() for name in flags.labels.split(","))
-    images, evaluations = run.draw_counted(names * flags.num, **draw_flags.given(flags))
+    asked = make(names * flags.num)
+    images, evaluations = run.draw_told(asked, **draw_flags.given(flags))
     with disk.disk_errors("--out"):
         if is_array:
             np.save(out, images)

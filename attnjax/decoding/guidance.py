@@ -55,7 +55,7 @@ def guided(
     *,
     scale: float,
     labels: jax.Array,
-    null_label: int | None,
+    null_label: int | tuple[int, ...] | None,
     channels: int | None = None,
     interval: tuple[float, float] = EVERYWHERE,
     level: Callable[[jax.Array], jax.Array] | None = None,
@@ -74,9 +74,10 @@ def guided(
     Args:
         denoise: (x [B, ..., channels], times [B], labels [B]) -> output.
         scale: >= 0; 0 is the prediction without a label, 1 that with it.
-        labels: int [B], of the rows that the returned function is given.
-        null_label: the label of no label; None for a network that has none, which
-            takes no scale but 1.
+        labels: int [B], or rows [B, M], of the rows that the returned function is
+            given.
+        null_label: the label (or row) of no label; None for a network that has none,
+            which takes no scale but 1.
         channels: how many of the predicted channels, from the first, are guided; the
             others are the conditional half's. None: all. The authors of DiT guide 3
             of 4.
@@ -107,7 +108,8 @@ def guided(
         return lambda x, times: denoise(x, times, labels)
 
     def halves(x, times, inside):
-        both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+        nothing = jnp.asarray(null_label, labels.dtype)
+        both = jnp.concatenate([labels, jnp.broadcast_to(nothing, labels.shape)])
         output = denoise(jnp.concatenate([x, x]), jnp.concatenate([times, times]), both)
         with_label, without = jnp.split(output, 2)
         return with_label, _where(inside, without, with_label)

@@ -22,12 +22,12 @@ SHOWN_LATENT = 3.0
 
 
 def check_guidance(model: Any, scale: float) -> None:
-    """Raise UserError for guidance of a model that always knew the class."""
+    """Raise UserError for guidance of a model that always knew what to draw."""
     if scale != 1.0 and model.null_label is None:
         raise UserError(
-            "guidance: needs a model that was also trained without classes; got "
-            f"guidance={scale:g}, config.model.label_dropout=0. Train with "
-            "--config.model.label_dropout=0.1, or use guidance=1."
+            f"guidance: needs a model that was also trained without {model.told}s; got "
+            f"guidance={scale:g}, config.model.{model.dropout_option}=0. Train with "
+            f"--config.model.{model.dropout_option}=0.1, or use guidance=1."
         )
 
 
@@ -55,7 +55,8 @@ def draw(
     Args:
         task: a `tasks.diffusion.Diffusion`.
         params, buffers: its model's arrays.
-        labels: int32 [B]; the model's null_label asks for no class.
+        labels: int32 [B], or captions [B, M] of a model that reads them; its
+            null_label asks for no class or caption.
         settings: how; per_class and classes are passed over.
         mesh: of the devices that hold the arrays; every process gets all images.
 
@@ -218,13 +219,13 @@ def sample_sheet(here: Any, state: dict) -> np.ndarray:
     """The picture that an evaluation of a run draws: a class a column."""
     settings: DrawConfig = here.eval.draw
     params = state.get("ema", state["params"])
-    classes = min(settings.classes, here.model.num_classes)
+    classes = min(settings.classes, here.corpus.num_classes)
     labels = np.tile(np.arange(classes), settings.per_class)
     made, _ = draw(
         here.task,
         params,
         state["buffers"],
-        labels,
+        here.feed.told(labels),
         settings=settings,
         mesh=here.mesh if here.mesh.size > 1 else None,
     )

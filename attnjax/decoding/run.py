@@ -20,6 +20,7 @@ from attnjax.data.vae import Vae
 from attnjax.decoding import draw_flags, pictures
 from attnjax.decoding.generation import generate
 from attnjax.decoding.sampling import Sampler
+from attnjax.models import text_encoder
 from attnjax.models.layout import Layout, relayout
 from attnjax.training import experiment, feeds, state_tree
 from attnjax.training.checkpoint_reader import CheckpointReader
@@ -106,19 +107,20 @@ class LoadedDenoiser(Loaded):
     def labels(self, names: Sequence[str | int]) -> np.ndarray:
         """int32 labels of classes, by name or number; "no_class" of a model that
         was also trained without them."""
-        found = []
-        for name in names:
-            if isinstance(name, str) and name in self.class_names:
-                found.append(self.class_names.index(name))
-            elif str(name).isdecimal() and int(name) < len(self.class_names):
-                found.append(int(name))
-            elif name == NO_CLASS and self.model.null_label is not None:
-                found.append(self.model.null_label)
-            else:
-                more = () if self.model.null_label is None else (NO_CLASS,)
-                known = (*self.class_names, *more)
-                raise unknown("labels", "class", str(name), known)
-        return np.asarray(found, np.int32)
+        nothing = self.model.null_label
+        found = [self._number(name) for name in names]
+        return np.asarray([nothing if n is None else n for n in found], np.int32)
+
+    def _number(self, name: str | int) -> int | None:
+        """The number of a class; None for no class."""
+        if isinstance(name, str) and name in self.class_names:
+            return self.class_names.index(name)
+        if str(name).isdecimal() and int(name) < len(self.class_names):
+            return int(name)
+        if name == NO_CLASS and self.model.null_label is not None:
+            return None
+        more = () if self.model.null_label is None else (NO_CLASS,)
+        raise unknown("labels", "class", str(name), (*self.class_names, *more))
 
     def draw(self, labels: Sequence[str | int], **settings: Any) -> np.ndarray:
         """float32 images [B, H, W, Ch], normalised as its training data.
@@ -137,8 +139,12 @@ class LoadedDenoiser(Loaded):
         self, labels: Sequence[str | int], **settings: Any
     ) -> tuple[np.ndarray, int]:
         """What `draw` gives, and how often the sampler asked for a prediction."""
+        return self.draw_told(self.labels(labels), **settings)
+
+    def draw_told(self, told: np.ndarray, **settings: Any) -> tuple[np.ndarray, int]:
+        """`draw_counted` of what the model is told: int32 [B] as from `labels`."""
         chosen = self.draw_settings(**settings)
-        state = (self.task, self.params, self.buffers, self.labels(labels))
+        state = (self.task, self.params, self.buffers, told)
         images, evaluations = pictures.draw(*state, settings=chosen)
         images = np.asarray(images)
         if chosen.sampler == "dopri5" and not np.all(np.isfinite(images)):
@@ -188,6 +194,41 @@ class LoadedDenoiser(Loaded):
             UserError: for a run on pixels, or latents of other channels.
         """
         return vae.pictures(self.require_latents("decoded").unscaled(latents))
+
+
+@dataclasses.dataclass
+class LoadedCaptioned(LoadedDenoiser):
+    """A denoiser of images that reads captions."""
+
+    def labels(self, names: Sequence[str | int]) -> np.ndarray:
+        """int32 [B, M]: the captions of classes, by name or number; the empty one of
+        "no_class"."""
+        table = self.feed.encoded(self.class_names)
+        rows = [self._number(name) for name in names]
+        return np.stack(
+            [self.model.null_label if n is None else table[n] for n in rows]
+        ).astype(np.int32)
+
+    def prompts(self, texts: Sequence[str]) -> np.ndarray:
+        """int32 [B, M]: the ids of captions.
+
+        Raises:
+            UserError: for a caption that is too long or no UTF-8, and for an empty one
+                of a model that was always told a caption.
+        """
+        length, owner = self.model.num_text, "prompt"
+        if "" in texts and self.model.null_label is None:
+            raise UserError(
+                "prompt: the empty caption needs a model that was also trained without "
+                "captions; got '', config.model.caption_dropout=0. Train with "
+                "--config.model.caption_dropout=0.1, or write a caption."
+            )
+        rows = [text_encoder.encode(text, length, owner=owner) for text in texts]
+        return np.stack(rows)
+
+    def draw_prompts(self, texts: Sequence[str], **settings: Any) -> np.ndarray:
+        """`draw`, of captions instead of classes."""
+        return self.draw_told(self.prompts(texts), **settings)[0]
 
 
 @dataclasses.dataclass
@@ -349,10 +390,15 @@ def load_run(
     found = (path, config, model, params, buffers, step)
     kind = feeds.feed_class(config["model"])
     if issubclass(kind, feeds.ImageFeed):
-        draws = issubclass(kind, feeds.DiffusionFeed)
-        made = LoadedDenoiser if draws else LoadedClassifier
-        return made(*found, load_classes(path))
+        return _image_run(kind)(*found, load_classes(path))
     return LoadedRun(*found, tokenizers.load_tokenizer(path / TOKENIZER))
+
+
+def _image_run(kind: type[feeds.Feed]) -> type[Loaded]:
+    """What a run on images is opened as."""
+    if issubclass(kind, feeds.CaptionedFeed):
+        return LoadedCaptioned
+    return LoadedDenoiser if issubclass(kind, feeds.DiffusionFeed) else LoadedClassifier
 
 
 def _settled(config: dict, meta: dict) -> dict:

@@ -12,7 +12,7 @@ vector, `Context.condition`.
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,13 @@ class DiT(backbone.Backbone):
         num_tokens: T.
         null_label: the label that says nothing, or None without label dropout.
         num_labels: rows of the table of classes.
+        told: the entry of a batch that it is told, whose rows have `told_shape`.
+        dropout_option: the share of training images that it is not told it of.
     """
+
+    told: ClassVar[str] = "label"
+    told_shape: ClassVar[tuple[int, ...]] = ()
+    dropout_option: ClassVar[str] = "label_dropout"
 
     def __init__(
         self,

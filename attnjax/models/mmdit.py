@@ -209,6 +209,7 @@ class MMDiT(backbone.Backbone):
         num_patches: N.
         num_tokens: M + N.
         null_label: the caption that says nothing, M ids, or None without dropout.
+        told, told_shape, dropout_option: as in `dit.DiT`.
     """
 
     told: ClassVar[str] = "caption"

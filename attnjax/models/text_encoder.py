@@ -10,11 +10,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attnjax import nn
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
+from attnjax.core.errors import UserError
 from attnjax.core.spec import MixerDims
 from attnjax.mixers import attention
 from attnjax.models.block import Block, BlockDims
@@ -52,6 +54,34 @@ class Config:
                 "num_heads must divide embed_dim; got "
                 f"num_heads={self.num_heads}, embed_dim={self.embed_dim}."
             )
+
+
+def encode(text: str, length: int, *, owner: str) -> np.ndarray:
+    """int32 [length]: the ids of a caption; the empty one says nothing.
+
+    Args:
+        text: the caption.
+        length: M.
+        owner: what gave it, for messages.
+
+    Raises:
+        UserError: for a caption that is longer, or no UTF-8.
+    """
+    try:
+        ids = list(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{owner}: a caption must be UTF-8; got {text!r}, whose character "
+            f"{error.start + 1} is none. Write it anew."
+        ) from error
+    if len(ids) >= length:
+        raise UserError(
+            f"{owner}: a caption has at most {length - 1} bytes of UTF-8, "
+            f"config.model.text.max_len={length} less the mark at its end; got "
+            f"{len(ids)} in {text!r}. Shorten it, or train with max_len="
+            f"{len(ids) + 1} or more."
+        )
+    return np.asarray([*ids, *empty(length - len(ids))], np.int32)
 
 
 def empty(length: int) -> tuple[int, ...]:

@@ -36,16 +36,17 @@ class Config:
 
 
 class Diffusion:
-    """The task of a `models.dit.DiT`.
+    """The task of a `models.dit.DiT` or a `models.mmdit.MMDiT`.
 
-    Batches are dicts of "image" float32 [B, H, W, Ch], "label" int32 [B] and "weight"
-    float32 [B], of which 0 is padding; those of an evaluation have "index" int32 [B],
+    Batches are dicts of "image" float32 [B, H, W, Ch], what the model is told ("label"
+    int32 [B], or "caption" int32 [B, M]) and "weight" float32 [B], of which 0 is
+    padding; those of an evaluation have "index" int32 [B],
     the place of each image in its split, too: its time and its noise are a function of
     it, so that evaluations differ by the parameters alone.
 
     Args:
         config: `config.task`.
-        model: a DiT.
+        model: a denoiser.
         rows: how batches lie on the devices (a NamedSharding of their first axis), or
             None on one device.
 
@@ -111,11 +112,11 @@ class Diffusion:
             and its parts ("mse", "vlb" where the variance is learned), means per image
             over `normaliser`, and each loss (as weighted) and metric of a mixer.
         """
-        count = len(batch["label"])
+        count = len(batch["weight"])
         keys = jax.random.split(prng_key, 4)
         times = self.process.sample_times(keys[0], count)
         noise = jax.random.normal(keys[1], batch["image"].shape, jnp.float32)
-        labels = batch["label"]
+        labels = batch[self.model.told]
         if train:
             labels = self.model.drop_labels(labels, keys[2])
         losses, out = self._losses(
@@ -142,7 +143,7 @@ class Diffusion:
             return time, jax.random.normal(of_noise, shape, jnp.float32)
 
         times, noise = jax.vmap(draw)(batch["index"])
-        labels, weights = batch["label"], batch["weight"]
+        labels, weights = batch[self.model.told], batch["weight"]
         losses, _ = self._losses(params, buffers, batch, labels, times, noise)
         sums = {name: jnp.sum(weights * losses[name]) for name in self._names}
         sums["weight"] = jnp.sum(weights)

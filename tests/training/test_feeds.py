@@ -10,6 +10,7 @@ from PIL import Image
 from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
+from attnjax.data.images import captions
 from attnjax.training import experiment, feeds, loop
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,7 @@ VIT = {"name": "vit", "patch_size": 4, **SMALL}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """{"lm": its feed, "vit": its feed, "dit": its feed}, on little data."""
+    """{name of a model: its feed}, on little data."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "a.txt").write_text("some words, and some more of them. " * 30)
     source = {"name": f"text:{folder}/a.txt", "seq_len": 12}
@@ -28,11 +29,12 @@ def made(tmp_path_factory):
         "lm": {"model": SMALL, "data": source},
         "vit": {"model": VIT, "data": {"augment": {"mixup": 0.3}}},
         "dit": {"model": {**VIT, "name": "dit"}},
+        "mmdit": {"model": {**VIT, "name": "mmdit"}},
     }
     return {kind: feeds.make(experiment.resolve(one)) for kind, one in given.items()}
 
 
-@pytest.mark.parametrize("kind", ["lm", "vit"])
+@pytest.mark.parametrize("kind", ["lm", "vit", "mmdit"])
 def test_batches_have_the_shapes_that_a_plan_takes(made, kind):
     feed = made[kind]
     training = feed.batch(seed=0, step=3, batch_size=5, rows=None)
@@ -40,10 +42,11 @@ def test_batches_have_the_shapes_that_a_plan_takes(made, kind):
     for batch in (training, held_out):
         found = {n: (v.shape, v.dtype) for n, v in batch.items()}
         wanted = feed.row_shapes().items()
+        found.pop("index", None)  # Of the held-out images of a denoiser.
         assert found == {n: ((5, *row.shape), row.dtype) for n, row in wanted}
 
 
-@pytest.mark.parametrize("kind", ["lm", "vit"])
+@pytest.mark.parametrize("kind", ["lm", "vit", "mmdit"])
 def test_a_host_can_build_its_rows_alone(made, kind):
     feed = made[kind]
     whole = feed.batch(seed=1, step=2, batch_size=6, rows=None)
@@ -57,6 +60,7 @@ def test_a_host_can_build_its_rows_alone(made, kind):
     [
         ("lm", {"vocab_size": 256}),
         ("vit", {"image_size": 8, "channels": 1, "num_classes": 10}),
+        ("mmdit", {"image_size": 8, "channels": 1}),
     ],
 )
 def test_a_model_keeps_the_sizes_of_its_data(made, kind, sizes):
@@ -228,6 +232,24 @@ def test_a_search_counts_the_tokens_of_a_mean_layer_of_a_pyramid():
     made = feed.make_model(config, feed.planned_sizes(), platform="cpu", target=None)
     assert feed.search_facts(made)["seq_len"] == (64 + 32) // 2
     assert feed.fit_cures(made) == []
+
+
+def test_an_image_is_told_by_the_caption_of_its_class(made):
+    feed = made["mmdit"]
+    batch = feed.batch(seed=0, step=0, batch_size=7, rows=None)
+    labels = made["dit"].batch(seed=0, step=0, batch_size=7, rows=None)["label"]
+    names = captions.of_classes(feed.data, feed.corpus.class_names)
+    for ids, label in zip(batch["caption"], labels, strict=True):
+        told = names[label]
+        assert bytes(ids[: len(told)].astype("u1")).decode() == told
+        assert ids[len(told)] == 256 and np.all(ids[len(told) + 1 :] == -1)
+
+
+def test_layers_of_two_streams_are_not_converted():
+    train = {"init_convert": "moh", "init_from": "runs/a"}
+    given = {"model": {**VIT, "name": "mmdit"}, "train": train}
+    with pytest.raises(UserError, match="converts layers of one stream.*=moh"):
+        experiment.resolve(given)
 
 
 def test_another_picture_of_samples_is_no_other_run():

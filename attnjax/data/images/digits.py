@@ -15,6 +15,7 @@ import numpy as np
 from attnjax.core.errors import UserError
 from attnjax.data import keyed
 from attnjax.data.config import check_fraction
+from attnjax.data.images import captions
 from attnjax.data.images.config import ImageConfig
 from attnjax.data.images.corpus import ImageCorpus, Stored, make_corpus
 from attnjax.data.source import SourceSpec
@@ -41,6 +42,9 @@ class Config(ImageConfig):
 def num_classes(config: Config) -> int:
     """Known without the data."""
     return len(CLASSES)
+
+
+caption = captions.character
 
 
 def open_source(config: Config) -> ImageCorpus:

@@ -15,7 +15,7 @@ import numpy as np
 from attnjax.core.errors import UserError, unknown
 from attnjax.data import keyed
 from attnjax.data.config import require
-from attnjax.data.images import fonts
+from attnjax.data.images import captions, fonts
 from attnjax.data.images.config import ImageConfig
 from attnjax.data.images.corpus import ImageCorpus, make_corpus
 from attnjax.data.source import SourceSpec
@@ -89,6 +89,9 @@ class Config(ImageConfig):
 def num_classes(config: Config) -> int:
     """Known without drawing anything."""
     return len(config.chars)
+
+
+caption = captions.character
 
 
 def open_source(config: Config) -> ImageCorpus:

@@ -230,7 +230,7 @@ def _trace(model: Any, change) -> Any:
     inputs = (
         jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1, *model.told_shape), jnp.int32),
     )
 
     def call(arrays, inputs):

@@ -1,7 +1,7 @@
 """What a run learns from: text or images, behind one interface (`feeds.base.Feed`).
 
 The name of the model decides: `config.model.name=lm` reads text, `vit` and `pyramid`
-name images and `dit` takes noise out of them.
+name images, `dit` and `mmdit` take noise out of them, told a class or a caption.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 
 from attnjax.core.errors import unknown
 from attnjax.training.feeds.base import Feed
+from attnjax.training.feeds.captioned import CaptionedFeed
 from attnjax.training.feeds.diffusion import DiffusionFeed
 from attnjax.training.feeds.images import ImageFeed
 from attnjax.training.feeds.pyramid import PyramidFeed
@@ -16,6 +17,7 @@ from attnjax.training.feeds.text import TextFeed
 
 __all__ = [
     "FEEDS",
+    "CaptionedFeed",
     "DiffusionFeed",
     "Feed",
     "ImageFeed",
@@ -30,6 +32,7 @@ FEEDS: dict[str, type[Feed]] = {
     "vit": ImageFeed,
     "pyramid": PyramidFeed,
     "dit": DiffusionFeed,
+    "mmdit": CaptionedFeed,
 }
 
 

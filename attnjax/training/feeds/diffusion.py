@@ -1,11 +1,13 @@
 """Images with labels for denoisers."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core import mappings, schema
@@ -17,8 +19,6 @@ from attnjax.training import disk
 from attnjax.training.feeds.base import Batch, Reference
 from attnjax.training.feeds.images import ImageEvalConfig, ImageFeed
 from attnjax.training.settings import DrawConfig
-
-_USED = ("image", "label", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,15 @@ class DiffusionEvalConfig(ImageEvalConfig):
 
 
 class DiffusionFeed(ImageFeed):
-    """Images for `models.dit` and `tasks.diffusion`."""
+    """Images for `models.dit` and `tasks.diffusion`.
+
+    Attributes:
+        size_names: the sizes of the data that the model is made with.
+    """
 
     model_module = dit
+    model_class = dit.DiT
+    size_names = ("image_size", "channels", "num_classes")
     task_module = diffusion
     eval_config = DiffusionEvalConfig
     no_decoding = "a denoiser of images has no decode step."
@@ -50,7 +56,8 @@ class DiffusionFeed(ImageFeed):
         if mixup:
             raise UserError(
                 "config.data.augment.mixup: mixed images are no samples of the data; "
-                f"got mixup={mixup}, config.model.name=dit. Set it to 0."
+                f"got mixup={mixup}, config.model.name={config['model']['name']}. Set "
+                "it to 0."
             )
         task = schema.build(diffusion.Config, config["task"], path="config.task")
         process = denoising.make(task.noise)
@@ -58,34 +65,39 @@ class DiffusionFeed(ImageFeed):
         if not draw.per_class:
             return
         draw.sampler_settings(process)
-        if draw.guidance != 1.0 and not config["model"]["label_dropout"]:
+        option = cls.model_class.dropout_option
+        if draw.guidance != 1.0 and not config["model"][option]:
             raise UserError(
                 "config.eval.draw.guidance: needs a model that was also trained "
-                f"without classes; got guidance={draw.guidance:g}, "
-                "config.model.label_dropout=0. Set label_dropout, e.g. to 0.1, or "
-                "guidance=1."
+                f"without {cls.model_class.told}s; got guidance={draw.guidance:g}, "
+                f"config.model.{option}=0. Set {option}, e.g. to 0.1, or guidance=1."
             )
 
     def row_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """See `Feed`."""
         shapes = super().row_shapes()
-        return {name: shapes[name] for name in _USED}
+        told = jax.ShapeDtypeStruct(self.told_shape, jnp.int32)
+        names = ("image", "weight")
+        return {n: shapes[n] for n in names} | {self.model_class.told: told}
+
+    @property
+    def told_shape(self) -> tuple[int, ...]:
+        """The shape of what the model is told of one image."""
+        return ()
 
     # ---- the model and the task
 
     @classmethod
     def make_model(
         cls, config: Mapping[str, Any], sizes: Mapping[str, int], *, platform, target
-    ) -> dit.DiT:
+    ) -> Any:
         """See `Feed`."""
         task = schema.build(diffusion.Config, config["task"], path="config.task")
         channels = sizes["channels"]
-        return dit.DiT(
-            schema.build(dit.Config, config["model"]),
-            image_size=sizes["image_size"],
-            channels=channels,
+        return cls.model_class(
+            schema.build(cls.model_module.Config, config["model"]),
+            **{name: sizes[name] for name in cls.size_names},
             out_channels=denoising.make(task.noise).output_channels(channels),
-            num_classes=sizes["num_classes"],
             platform=platform,
             target=target,
         )
@@ -100,25 +112,37 @@ class DiffusionFeed(ImageFeed):
 
     def search_facts(self, model: Any) -> dict[str, int]:
         """See `Feed`: what it predicts of an image, all at a time."""
-        facts = super().search_facts(model)
         outputs = model.config.patch_size**2 * model.out_channels
-        rows = facts["loss_tokens"] * model.num_tokens
-        return facts | {"vocab": outputs, "loss_tokens": rows}
+        patches = math.prod(model.grid)
+        return {
+            "seq_len": model.num_tokens,
+            "vocab": outputs,
+            "tables": 1,
+            "loss_tokens": self.config["train"]["batch_size"] * patches,
+        }
 
     # ---- the data
 
     def batch(self, *, seed, step, batch_size, rows=None) -> Batch:
         """See `Feed`."""
         made = super().batch(seed=seed, step=step, batch_size=batch_size, rows=rows)
-        return {name: made[name] for name in _USED}
+        return self._used(made)
+
+    def _used(self, made: Batch) -> Batch:
+        """What of a batch the task reads."""
+        told = {self.model_class.told: self.told(made["label"])}
+        return {"image": made["image"], "weight": made["weight"], **told}
+
+    def told(self, labels: np.ndarray) -> np.ndarray:
+        """What the model is told of images with labels int32 [B]: the labels."""
+        return labels
 
     def eval_batches(self, *, batch_size, rows=None) -> Iterator[Batch]:
         """See `Feed`; with the place of each image in its split."""
         own = np.arange(batch_size, dtype=np.int32)[rows or slice(None)]
         batches = super().eval_batches(batch_size=batch_size, rows=rows)
         for number, made in enumerate(batches):
-            batch = {name: made[name] for name in _USED}
-            yield batch | {"index": own + np.int32(number * batch_size)}
+            yield self._used(made) | {"index": own + np.int32(number * batch_size)}
 
     # ---- what a run keeps and says of it
 
