@@ -118,12 +118,16 @@ def check_counts(config: Any, **counts: int) -> None:
             )
 
 
-def check_batch(model: Any, images: jax.Array) -> None:
-    """Raise UserError for a batch of images that the model was not made for."""
+def check_batch(model: Any, images: jax.Array, *, resamples: bool = True) -> None:
+    """Raise UserError for a batch of images that the model was not made for.
+
+    Args:
+        resamples: whether the model can resample added positions.
+    """
     wanted = (model.image_size, model.image_size, model.channels)
     if images.ndim == 4 and images.shape[1:] == wanted:
         return
-    added = model.config.positions in ADDED
+    added = resamples and model.config.positions in ADDED
     raise UserError(
         f"{model.config.name}: images must be [B, H, W, channels] with H = W = "
         f"image_size; got shape {tuple(images.shape)}, image_size={model.image_size}, "

@@ -362,7 +362,7 @@ class MMDiT(backbone.Backbone):
         Raises:
             UserError: for images of another size or number of channels.
         """
-        image_sizes.check_batch(self, images)
+        image_sizes.check_batch(self, images, resamples=False)
         x = self._merge(params).patches(images)
         if self.config.positions != "sincos":
             return x

@@ -348,6 +348,7 @@ def test_positions_come_from_the_middle_of_their_table():
         ({"mixers": {"attention": {"window": 3}}}, "window: joint attention sees all"),
         ({"mixers": {"attention": {"cross": True}}}, "cross: joint attention sees"),
         ({"mixers": {"attention": {"positions": "alibi"}}}, "at no distance from each"),
+        ({"layers": "tap_adl"}, "reads its weights; got type='tap_adl'"),
         (
             {"mixers": {"attention": {"output": [{"type": "attention_sink_survey"}]}}},
             "scores and weight map belong to both streams; got .*attention_sink_survey",
@@ -374,7 +375,9 @@ def test_inputs_of_another_size_are_refused():
 
     with pytest.raises(UserError, match=r"got shape \(2, 4\), max_len=5"):
         call(images, captions[:, :4])
-    with pytest.raises(UserError, match="mmdit: images must be"):
+    with pytest.raises(
+        UserError, match="mmdit: images .* build the model for that size."
+    ):
         call(images[:, :4], captions)
     with pytest.raises(UserError, match="joint attention: unknown hook 'gate'"):
         call(images, captions, (Hook("gates", "gate", layers=(0,)),))

@@ -14,7 +14,7 @@ from attnjax.core.errors import UserError
 from attnjax.mixers import attention
 from attnjax.mixers.requests import check_request
 from attnjax.mixers.slots import options, probes, reach
-from attnjax.mixers.slots.base import Call
+from attnjax.mixers.slots.base import Call, Slot
 
 OWNER = "joint attention"
 
@@ -58,11 +58,19 @@ def prepare(mixer: attention.Mixer, *, is_first: bool, has_output: bool) -> None
 
     Raises:
         UserError: for an option of the output that changes the scores or the weight
-            map, which both streams share.
+            map, which both streams share, or that reads or changes more than the
+            stream's own heads.
     """
     asked = dict(heads=mixer.shape, dims=mixer.dims, owner=OWNER)
     why = "scores and weight map belong to both streams"
     options.refuse_changes(mixer.slots(), ("attend",), why=why, **asked)
+    for slot in mixer.slots():
+        if slot.enters or type(slot).reads is not Slot.reads:
+            name = type(slot).__module__.rsplit(".", 1)[-1]
+            raise UserError(
+                f"{OWNER}: no option of the output changes what a layer reads, or "
+                f"reads its weights; got type={name!r}. Leave it out."
+            )
     if is_first:
         mixer.sink = None
     if has_output:

@@ -47,13 +47,16 @@ class CaptionedFeed(DiffusionFeed):
         return self._sizes(0)
 
     def _sizes(self, num_classes: int) -> dict[str, int]:
-        del num_classes
-        return {"image_size": self.data.image_size, "channels": self.data.channels}
+        return dict(zip(self.size_names, self.image_shape, strict=True))
 
     @staticmethod
     def sizes_of(model: Any) -> dict[str, int]:
         """See `Feed`."""
         return {"image_size": model.image_size, "channels": model.channels}
+
+    def fit_cures(self, model: Any) -> list[str]:
+        """See `Feed`: a table of positions is as large as it is."""
+        return []
 
     # ---- the captions
 
