@@ -103,7 +103,7 @@ def means(query, mask):
         ("mean_query", {}, None),
         ("mean_query", {"window": 4, "weight_map": "off_by_one"}, "packed"),
         ("temperature", {}, "packed"),
-        ("temperature", {"weight_map": "off_by_one"}, None),
+        ("temperature", {"weight_map": "sink_logit"}, None),
     ],
     ids=["mean query", "mean query, window, sink", "temperature", "and a sink"],
 )
@@ -124,6 +124,8 @@ def test_mean_queries_and_temperatures_are_fused_and_written_out(
         weights += u * mapped(means(query, mask), key, mask, sink)
     else:
         query = query / numbers[:, None].astype(np.float64)
+        if sink:  # Its logit is divided too.
+            sink = np.exp(np.asarray(s.arrays[0]["sink"]) / numbers)[:, None, None]
         weights = mapped(query, key, mask, sink)
     np.testing.assert_allclose(open_["w"], weights, atol=2e-6)
     value = np.repeat(open_["v"], H // K, axis=2).astype(np.float64)
