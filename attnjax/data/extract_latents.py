@@ -129,7 +129,7 @@ def extract(config: Any, flags: Flags) -> None:
             with progress(f"encoding {config.name} ({name})", total=total) as advance:
                 for rows, labels in _encoded(vae, split, total, flags):
                     writer.add(name, rows, labels)
-                    advance(flags.batch_size)
+                    advance(len(labels))
     left_out = f", {len(corpus.unreadable)} left out" if corpus.unreadable else ""
     height, width, channels = facts.shape
     print(

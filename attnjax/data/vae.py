@@ -52,7 +52,10 @@ class Vae:
     @property
     def facts(self) -> dict[str, Any]:
         """What a folder of latents says of it."""
-        return {"name": self.path.name, "kind": KIND, "fingerprint": self.fingerprint}
+        own = self.path.name
+        # Inside a pipeline every one of them is called so.
+        name = f"{self.path.parent.name}/{own}" if own == "vae" else own
+        return {"name": name, "kind": KIND, "fingerprint": self.fingerprint}
 
     def latent_side(self, side: int) -> int:
         """H = W of the latents of pictures.

@@ -82,6 +82,7 @@ def test_stored_moments_are_the_autoencoders_own(vae, encoded):
     facts = opened.facts
     assert (facts.scale, facts.shift) == ((0.7,), (0.2,))
     assert facts.encoder["fingerprint"] == open_vae(vae[1]).fingerprint
+    assert facts.encoder["name"] == f"{vae[1].name}/vae"
     assert facts.source["source"] == "glyphs" and facts.class_names == tuple("abc")
     for split, count in (("train", 37), ("eval", 20)):
         shown, labels, _ = pictures(split, count)
