@@ -480,7 +480,8 @@ VARIANTS = (
         "prune": (0,),
         "prune_rate": 0.3,
         "prune_by": "received",
-        "controller": False,
+        "selector_bias": True,
+        "controller_bias": True,
         "num_kv_heads": 2,
         "value_head_dim": 6,
         "qk_norm": True,
@@ -488,5 +489,4 @@ VARIANTS = (
         "scale": 0.7,
         "output": ({"type": "gated_attention"},),
     },
-    {"selector_bias": True, "controller_bias": True, "prune": (1,), "num_heads": 3},
 )
