@@ -44,7 +44,7 @@ def mechanisms(side):
         "talking heads": _options("talking_heads"),
         "grouped differential": _options("grouped_differential_attention"),
         "affine scaled": _options("affine_scaled_attention"),
-        "geometric": _options("geometric_attention"),
+        "doubly stochastic": _options("geometric_attention", anchor="plan"),
         "sigmoid": _options(
             "attention_sink_survey", weight_map="sigmoid", bias=-math.log(side**2)
         ),
