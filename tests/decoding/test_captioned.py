@@ -1,6 +1,7 @@
 """A run that reads captions, opened: what it draws, from the front door too."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -9,8 +10,10 @@ from PIL import Image
 
 from attnjax import generate
 from attnjax.core.errors import UserError
+from attnjax.decoding import pictures
 from attnjax.decoding import run as runs
 from attnjax.training import experiment
+from attnjax.training.settings import DrawConfig
 
 TEXT = {"num_layers": 1, "embed_dim": 4, "num_heads": 2, "max_len": 10}
 MODEL = {"name": "mmdit", "patch_size": 4, "num_layers": 1, "embed_dim": 8}
@@ -68,6 +71,24 @@ def test_generate_draws_a_caption(run, monkeypatch, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             generate.main([*words, *more])
+
+
+def test_a_picture_has_a_class_a_column(run):
+    corpus = types.SimpleNamespace(num_classes=10, class_names=run.class_names)
+    run.feed.corpus = corpus
+    draw = DrawConfig(per_class=1, classes=2, **HOW)
+    here = types.SimpleNamespace(
+        eval=types.SimpleNamespace(draw=draw),
+        corpus=corpus,
+        feed=run.feed,
+        task=run.task,
+        data=run.feed.data,
+        mesh=types.SimpleNamespace(size=1),
+    )
+    state = {"params": run.params, "buffers": run.buffers}
+    found = pictures.sample_sheet(here, state)
+    images = run.pixels(run.draw_prompts(["a zero", "a one"], **HOW))
+    np.testing.assert_array_equal(found, pictures.sheet(images, columns=2))
 
 
 def test_captions_that_cannot_be_read_are_refused(run, tmp_path):
