@@ -24,7 +24,14 @@ from attnjax import nn
 from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.errors import UserError
-from attnjax.models import backbone, image_sizes, mixer_choice, pyramid_parts, schedule
+from attnjax.models import (
+    backbone,
+    image_sizes,
+    mixer_choice,
+    pyramid_mbconv,
+    pyramid_parts,
+    schedule,
+)
 from attnjax.models.layout import Layout
 from attnjax.models.pyramid_parts import Stage
 from attnjax.models.stack import StackOut, joined
@@ -62,9 +69,14 @@ class Config(backbone.Config):
         stem: "patch": one convolution of patches beside one another; "overlap": of
             patches nearly twice as long, 7 pixels of patch_size=4 (DaViT); "conv":
             convolutions of 3 x 3 that halve the sides, with norm and activation
-            between (L2ViT). A norm follows.
+            between (L2ViT). A norm follows. "double": a convolution of 3 x 3 at a
+            stride of 1 or 2, batch norm, activation, and another one (MaxViT).
+        stem_dim: its channels, with downsampling=mbconv (none: embed_dim).
         downsampling: behind a norm, "patch": 2 x 2 places made one; "overlap": 3 x 3
-            at every second.
+            at every second. "mbconv": an MBConv at every second place, in front of
+            the first stage too, so that the stem has half of patch_size.
+        mbconv: MBConvs in front of layers, see `nn.MBConvConfig`. With downsampling=
+            mbconv the one that a stage begins with is its first layer's.
         cpe: conditional positions, x + a depthwise convolution of x, in front of each
             sub-layer.
         positions: "rope" (each axis of the stage's grid turns half of each head),
@@ -90,8 +102,10 @@ class Config(backbone.Config):
     use_bias: bool = True
     scale_out_init: bool = False
     patch_size: int = 4
-    stem: Literal["patch", "overlap", "conv"] = "patch"
-    downsampling: Literal["patch", "overlap"] = "patch"
+    stem: Literal["patch", "overlap", "conv", "double"] = "patch"
+    stem_dim: int | None = None
+    downsampling: Literal["patch", "overlap", "mbconv"] = "patch"
+    mbconv: nn.MBConvConfig = dataclasses.field(default_factory=nn.MBConvConfig)
     cpe: bool = False
     positions: Literal["rope", "none", "anchored"] = "none"
     rope: nn.Rope = dataclasses.field(default_factory=lambda: nn.Rope(theta=100.0))
@@ -137,6 +151,14 @@ class Config(backbone.Config):
     def schedule(self) -> tuple[str, ...]:
         """The instance name of each layer, all stages."""
         return sum(self.stage_schedules(), ())
+
+    def stacked_schedules(self) -> list[tuple[str, ...]]:
+        """`stage_schedules` as the layout has them: layers with an MBConv marked."""
+        return pyramid_mbconv.marked(
+            self.stage_schedules(),
+            every=self.mbconv.every,
+            in_first=self.downsampling != "mbconv",
+        )
 
     def mlp_parameters_per_unit(self) -> float:
         """See `backbone.Config`: a unit in the first stage is more in wider ones."""
@@ -211,21 +233,24 @@ def check(config: Config) -> None:
         config,
         ("patch_size", "at least 1", lambda v: v >= 1),
         ("head_hidden", "at least 1", lambda v: v >= 1),
+        ("stem_dim", "at least 1", lambda v: v >= 1),
         ("drop_path", "in [0, 1)", lambda v: 0 <= v < 1),
         ("head_std", "at least 0", lambda v: v >= 0),
     )
-    side = config.patch_size
+    pyramid_mbconv.check(config)
+    side, dim = pyramid_mbconv.stem_side(config), pyramid_mbconv.stem_dim(config)
     halvings = side.bit_length() - 1
     if config.stem == "conv" and (side < 2 or side != 2**halvings):
         raise UserError(
             "config.model.patch_size: must be 2, 4, 8, ... for stem=conv, which halves "
-            f"the sides; got {side}. Change it, or use stem=patch or overlap."
+            f"the sides (4, 8, ... with downsampling=mbconv); got {config.patch_size}. "
+            "Change it, or use stem=patch or overlap."
         )
-    if config.stem == "conv" and config.embed_dim % 2 ** (halvings - 1):
+    if config.stem == "conv" and dim % 2 ** (halvings - 1):
         raise UserError(
             f"config.model.embed_dim: must be a multiple of {2 ** (halvings - 1)} for "
             f"stem=conv with patch_size={side}, whose widths double; got "
-            f"{config.embed_dim}. Change it, or use stem=patch or overlap."
+            f"{dim}. Change it, or use stem=patch or overlap."
         )
     for name in ("stem", "downsampling"):
         if config.positions == "anchored" and getattr(config, name) != "patch":
@@ -348,14 +373,14 @@ class Pyramid(backbone.Backbone):
         mixer_choice.check_on_grid(self.choices, 2, extra_tokens=0)
         self.image_size, self.channels = image_size, channels
         self.num_classes = num_classes
-        self.layout = Layout.of_stages(self.config.stage_schedules())
+        self.layout = Layout.of_stages(self.config.stacked_schedules())
         self.stages = self._make_stages(platform=platform, target=target)
         first = self.stages[0]
         self.dims, self.block_dims = first.dims, first.block_dims
         self.grid, self.num_tokens = first.grid, first.num_tokens
         ends = nnx.eval_shape(lambda: self._make_ends(nnx.Rngs(0)))
-        self._stem_flops = ends.stem.flops(image_size)
-        self._ends, _ = nnx.split(ends, nnx.Param)
+        self._ends_flops = ends.flops(image_size, [s.num_tokens for s in self.stages])
+        self._ends, _, _ = nnx.split(ends, nnx.Param, nn.Buffer)
 
     def _make_stages(self, **where) -> list[Stage]:
         c, first = self.config, 0
@@ -366,7 +391,7 @@ class Pyramid(backbone.Backbone):
             circular=c.positions == "anchored",
         )
         stages = []
-        for i, names in enumerate(c.stage_schedules()):
+        for i, names in enumerate(c.stacked_schedules()):
             side = self.image_size // (c.patch_size * 2**i)
             groups = range(first, first + len(schedule.groups(names)))
             first = groups.stop
@@ -378,6 +403,7 @@ class Pyramid(backbone.Backbone):
                     layout=self.layout,
                     groups=groups,
                     block=block,
+                    mbconv=c.mbconv,
                     rope=nn.rope_on_grid(rope, (side, side), 0),
                     **where,
                 )
@@ -397,15 +423,21 @@ class Pyramid(backbone.Backbone):
     def init(self, seed: int | jax.Array) -> tuple[dict, dict]:
         """(params, buffers) as of every model; see `Backbone.init`."""
         key = jax.random.key(seed)
-        params = nn.materialize(self._make_ends(nnx.Rngs(params=key)), key)
+        ends = self._make_ends(nnx.Rngs(params=key))
+        params, state_of_ends = nn.materialize(ends, key), _buffers_of(ends)
         params["layers"], buffers = {}, {}
         for stage in self.stages:
             own, state = stage.stack.init(key)
             params["layers"] |= own
             buffers |= state
-        return params, {"layers": buffers, "streams": {}}
+        return params, {"layers": buffers, "streams": {}, **state_of_ends}
 
     # ---- running
+
+    def _merge(self, params: dict, buffers: dict) -> nnx.Module:
+        """The ends with their arrays."""
+        own = {key: value for key, value in params.items() if key != "layers"}
+        return nnx.merge(self._ends, own, buffers.get("ends", {}))
 
     def context(
         self, *, batch: int, prng_key=None, train: bool = False, rows=None
@@ -440,10 +472,10 @@ class Pyramid(backbone.Backbone):
         image_sizes.check_whole_rows(ctx)
         if self.config.positions == "anchored":
             images, _ = nn.anchored(images, (_stride(self.config),) * 2)
-        ends = self._merge(params)
-        image, parts = ends.stem(images), []
+        ends = self._merge(params, buffers)
+        image, parts = ends.stem(images, train=ctx.train), []
         for i, stage in enumerate(self.stages):
-            image = ends.downsampling(image, i) if i else image
+            image = ends.entered(image, i, ctx)
             x = ctx.spread(image.reshape(len(image), stage.num_tokens, -1))
             if self.config.dropout and ctx.train and not i:
                 key = jax.random.fold_in(ctx.prng_key, 0x7FFFFFFF)
@@ -458,7 +490,8 @@ class Pyramid(backbone.Backbone):
             parts.append(part)
             image = x.reshape(len(x), *stage.grid, -1)
         out = joined(parts)
-        out = dataclasses.replace(out, buffers=buffers | {"layers": out.buffers})
+        whole = buffers | {"layers": out.buffers} | _buffers_of(ends)
+        out = dataclasses.replace(out, buffers=whole)
         x = ends.final_norm(x) if self.config.pool == "norm_mean" else x
         return ctx.spread(x), out
 
@@ -470,7 +503,7 @@ class Pyramid(backbone.Backbone):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         pooled = wide.mean(axis=1).astype(x.dtype)
         if self.config.pool == "mean_norm":
-            pooled = self._merge(params).final_norm(pooled)
+            pooled = self._merge(params, buffers).final_norm(pooled)
         return pooled, out
 
     def logits(
@@ -478,7 +511,7 @@ class Pyramid(backbone.Backbone):
     ) -> tuple[jax.Array, StackOut]:
         """float32 (or wider) [B, classes]; arguments of `hidden`."""
         pooled, out = self.features(params, buffers, images, ctx)
-        ends = self._merge(params)
+        ends = self._merge(params, buffers)
         if ends.head_hidden is not None:
             pooled = jnp.tanh(ends.head_hidden(pooled))
         logits = ends.head(pooled)
@@ -488,15 +521,17 @@ class Pyramid(backbone.Backbone):
 
     def flops(self) -> float:
         """Forward FLOPs (2 a multiply-add) of one image."""
-        c, total = self.config, self._stem_flops
-        size = {"patch": 2, "overlap": 3}[c.downsampling] ** 2
-        for before, stage in zip(self.stages, self.stages[1:], strict=False):
-            width = before.dims.embed_dim * stage.dims.embed_dim
-            total += 2.0 * stage.num_tokens * size * width
+        c, total = self.config, self._ends_flops
         width = c.head_hidden or c.widths[-1]
         total += 2.0 * c.widths[-1] * (c.head_hidden or 0)
         total += 2.0 * width * self.num_classes
         return total + sum(stage.flops() for stage in self.stages)
+
+
+def _buffers_of(ends: nnx.Module) -> dict:
+    """The model's "ends" in its buffers, where they have any."""
+    found = nnx.to_pure_dict(nnx.state(ends, nn.Buffer))
+    return {"ends": found} if found else {}
 
 
 def _stride(config: Config) -> int:

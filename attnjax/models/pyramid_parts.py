@@ -1,6 +1,7 @@
 """What a pyramid is made of: the stem, what halves a grid, a stage, and the head."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 from flax import nnx
 
 from attnjax import nn
+from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
-from attnjax.models import backbone
+from attnjax.models import backbone, pyramid_mbconv
 from attnjax.models.layout import Layout
 
 
@@ -21,6 +23,7 @@ class Stage(backbone.Backbone):
         grid: rows and columns of its places.
         layout, groups: the whole model's layout, and the groups of this stage.
         block: fields of `BlockDims` that only some models have.
+        mbconv: of the layers that the layout marks.
         rope: rotary settings on the grid, or None.
         platform, target: as of the model.
     """
@@ -33,13 +36,14 @@ class Stage(backbone.Backbone):
         layout: Layout,
         groups: range,
         block: dict[str, Any],
+        mbconv: nn.MBConvConfig,
         rope,
         platform: str,
         target,
     ):
         super().__init__(config, platform=platform, like=None)
         self.grid, self.num_tokens = grid, grid[0] * grid[1]
-        self._block = block
+        self._block, self._mbconv = block, mbconv
         self._build(
             layout=layout,
             groups=groups,
@@ -56,6 +60,18 @@ class Stage(backbone.Backbone):
             super()._block_dims(), **self._block, num_layers=depth
         )
 
+    def _make_block(self, name: str, *, rngs: nnx.Rngs):
+        own = pyramid_mbconv.bare(name)
+        if own == name:
+            return super()._make_block(name, rngs=rngs)
+        choice = self.choices[own]
+        return pyramid_mbconv.MBConvBlock(
+            lambda *, rngs: choice.make(self.dims, rngs=rngs),
+            self.block_dims,
+            config=self._mbconv,
+            rngs=rngs,
+        )
+
     def _make_ends(self, rngs: nnx.Rngs) -> nnx.Module:
         """None of its own."""
         del rngs
@@ -66,7 +82,18 @@ class Stage(backbone.Backbone):
         b = self.block_dims
         convolutions = b.conv_positions * (1 + (b.mlp_dim > 0)) * len(self.names)
         each = 2.0 * 9 * b.embed_dim * self.num_tokens
-        return convolutions * each + self.layer_flops(self.num_tokens)
+        total = convolutions * each + self.layer_flops(self.num_tokens)
+        patterns = [self.layout.groups[g] for g in self.stack.groups]
+        marks = sum(
+            repeats * (pyramid_mbconv.bare(name) != name)
+            for pattern, repeats in patterns
+            for name in pattern
+        )
+        if marks:
+            make = partial(pyramid_mbconv.of_width, b, self._mbconv)
+            made = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+            total += marks * made.flops(self.num_tokens)
+        return total
 
 
 def _makers(config, dtype, rngs):
@@ -99,7 +126,8 @@ class Stem(nnx.Module):
 
     def __init__(self, config, channels: int, *, dtype, rngs: nnx.Rngs):
         convolution, norm = _makers(config, dtype, rngs)
-        side, dim = config.patch_size, config.embed_dim
+        side = pyramid_mbconv.stem_side(config)
+        dim = pyramid_mbconv.stem_dim(config)
         self.activation = nn.ACTIVATIONS[config.activation][0]
         if config.stem == "conv":
             count = side.bit_length() - 1
@@ -117,8 +145,9 @@ class Stem(nnx.Module):
             setattr(self, f"norm_{i}", norm(width))
             channels = width
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """See the class."""
+        del train
         x = images
         for i in range(self.count):
             x = self.activation(x) if i else x
@@ -155,16 +184,26 @@ class Downsampling(nnx.Module):
         x = getattr(self, f"norm_{stage}")(x)
         return getattr(self, f"conv_{stage}")(x)
 
+    def flops(self, places: Sequence[int]) -> float:
+        """Forward FLOPs on one image, whose stages have so many places."""
+        later = enumerate(places[1:], 1)
+        return sum(2.0 * n * getattr(self, f"conv_{i}").kernel.size for i, n in later)
+
 
 class Ends(nnx.Module):
     """What stands before, between and behind the stages."""
 
     def __init__(self, config, last: Stage, *, channels, num_classes, rngs: nnx.Rngs):
         dim, stored = last.dims.embed_dim, dict(dtype=last.dtype, rngs=rngs)
-        self.stem = Stem(config, channels, **stored)
-        self.downsampling = (
-            Downsampling(config, **stored) if len(config.widths) > 1 else None
-        )
+        make_stem = pyramid_mbconv.DoubleStem if config.stem == "double" else Stem
+        self.stem = make_stem(config, channels, **stored)
+        self.enters_first = config.downsampling == "mbconv"
+        if self.enters_first:
+            self.downsampling = pyramid_mbconv.MBConvDownsampling(config, **stored)
+        elif len(config.widths) > 1:
+            self.downsampling = Downsampling(config, **stored)
+        else:
+            self.downsampling = None
         self.final_norm = backbone.final_norm(last.config, rngs=rngs)
         linear = partial(
             nn.Linear,
@@ -175,3 +214,16 @@ class Ends(nnx.Module):
         hidden = config.head_hidden
         self.head_hidden = linear(dim, hidden, std=dim**-0.5) if hidden else None
         self.head = linear(hidden or dim, num_classes, std=config.head_std)
+
+    def flops(self, image_size: int, places: Sequence[int]) -> float:
+        """Forward FLOPs (2 a multiply-add) of the stem and in front of stages, which
+        have so many places, on one image."""
+        return self.stem.flops(image_size) + (
+            self.downsampling.flops(places) if self.downsampling is not None else 0.0
+        )
+
+    def entered(self, image: jax.Array, stage: int, ctx: Context) -> jax.Array:
+        """The grid [B, H, W, C] of a stage from that of the one before, or the stem."""
+        if self.enters_first:
+            return self.downsampling(image, stage, ctx)
+        return self.downsampling(image, stage) if stage else image

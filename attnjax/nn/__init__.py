@@ -1,7 +1,7 @@
 """Parts that do not mix tokens: linear maps, norms, MLPs, positions, embeddings."""
 
 from attnjax.nn.anchoring import anchor_of, anchored, turned
-from attnjax.nn.batch_norm import batch_norm, batch_statistics
+from attnjax.nn.batch_norm import BatchNorm, batch_norm, batch_statistics
 from attnjax.nn.conditioning import (
     Modulation,
     TimeEmbedding,
@@ -19,6 +19,7 @@ from attnjax.nn.grid_positions import (
     sincos_at,
 )
 from attnjax.nn.linear import Linear, axes_apart
+from attnjax.nn.mbconv import MBConv, MBConvConfig
 from attnjax.nn.mlp import ACTIVATIONS, MLP, mlp_parameters_per_unit
 from attnjax.nn.norms import NORMS, LayerNorm, RMSNorm, make_norm
 from attnjax.nn.parameter import Buffer, buffer, materialize, param
@@ -37,12 +38,15 @@ __all__ = [
     "NORMS",
     "AttentivePool",
     "AxialRope",
+    "BatchNorm",
     "Buffer",
     "Convolution",
     "DepthwiseConvolution",
     "Embedding",
     "LayerNorm",
     "Linear",
+    "MBConv",
+    "MBConvConfig",
     "Modulation",
     "PatchEmbedding",
     "RMSNorm",

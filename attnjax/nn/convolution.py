@@ -22,7 +22,7 @@ class Convolution(nnx.Module):
         out_dim: O.
         size: side of the kernel.
         stride: places from one output to the next.
-        padding: zeros on each side of the image.
+        padding: zeros on each side of the image, or (before, behind) along each axis.
         use_bias: whether there is a bias (zero at the start).
         std: of the kernel's first values (None: 1 / sqrt(size * size * I)).
     """
@@ -34,14 +34,16 @@ class Convolution(nnx.Module):
         *,
         size: int,
         stride: int = 1,
-        padding: int = 0,
+        padding: int | tuple[int, int] = 0,
         use_bias: bool = True,
         std: float | None = None,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.size, self.stride, self.padding = size, stride, padding
+        self.size, self.stride = size, stride
+        both = (padding, padding) if isinstance(padding, int) else padding
+        self.padding = both
         self.dtype = jnp.dtype(dtype)
         fan_in = size * size * in_dim
         start = initializers.normal(fan_in**-0.5 if std is None else std)
@@ -53,9 +55,9 @@ class Convolution(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, I] -> [B, (H + 2 padding - size) // stride + 1, ..., O]."""
+        """[B, H, W, I] -> [B, (H + padded - size) // stride + 1, ..., O]."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        if self.size == self.stride and not self.padding:
+        if self.size == self.stride and not any(self.padding):
             rows, columns = (side // self.size for side in x.shape[1:3])
             y = (patchify(x, self.size) @ kernel).reshape(len(x), rows, columns, -1)
         else:
@@ -63,7 +65,7 @@ class Convolution(nnx.Module):
                 x,
                 kernel.reshape(self.size, self.size, x.shape[-1], -1),
                 window_strides=(self.stride,) * 2,
-                padding=((self.padding,) * 2,) * 2,
+                padding=(self.padding,) * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -76,22 +78,36 @@ def depthwise(
     *,
     size: int = 3,
     circular: bool = False,
+    stride: int = 1,
 ) -> jax.Array:
     """Each channel [B, prod(grid)] of x [B, T, C] with its own kernel of `size` places
     (odd) along each axis, [size^rank, C] in row-major order. Outside of the grid are
     zeros, or where it is `circular` the other end of it.
+
+    With a `stride` there is an output for every so many places of an axis, n / stride
+    rounded up. Of the places outside that they read, as many lie in front as behind,
+    or one less: those of 3 at every second of an even axis read places 2 p to 2 p + 2
+    (TensorFlow's "same").
     """
-    rank, half = len(grid), size // 2
+    rank = len(grid)
+    counts = [-(-n // stride) for n in grid]
+    outside = [
+        max((count - 1) * stride + size - n, 0)
+        for n, count in zip(grid, counts, strict=True)
+    ]
     image = x.reshape(len(x), *grid, x.shape[-1])
-    ends = ((0, 0), *((half, half),) * rank, (0, 0))
+    ends = ((0, 0), *((n // 2, n - n // 2) for n in outside), (0, 0))
     image = jnp.pad(image, ends, mode="wrap" if circular else "constant")
     # A sum of moved images: inside of a scan XLA's CPU code takes some 40 times as long
     # for the gradients of a convolution with groups.
     total = 0.0
     for weight, move in zip(kernel, np.ndindex((size,) * rank), strict=True):
-        here = tuple(slice(i, i + n) for i, n in zip(move, grid, strict=True))
+        here = tuple(
+            slice(i, i + (n - 1) * stride + 1, stride)
+            for i, n in zip(move, counts, strict=True)
+        )
         total = total + image[(slice(None), *here)] * weight
-    return total.reshape(x.shape)
+    return total.reshape(len(x), -1, x.shape[-1])
 
 
 class DepthwiseConvolution(nnx.Module):
@@ -104,6 +120,7 @@ class DepthwiseConvolution(nnx.Module):
         dim: C.
         size: side of the kernel, odd.
         circular: whether the grid's ends meet; else zeros are outside of it.
+        stride: places from one output to the next, as in `depthwise`.
         use_bias: whether there is a bias.
     """
 
@@ -113,12 +130,14 @@ class DepthwiseConvolution(nnx.Module):
         *,
         size: int = 3,
         circular: bool = False,
+        stride: int = 1,
         use_bias: bool = True,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.size, self.circular, self.dtype = size, circular, jnp.dtype(dtype)
+        self.stride = stride
         start = initializers.normal(1 / size)
         self.conv_kernel = param(rngs, (size * size, dim), start, dtype=param_dtype)
         self.conv_bias = (
@@ -130,12 +149,14 @@ class DepthwiseConvolution(nnx.Module):
     def __call__(
         self, x: jax.Array, grid: tuple[int, int], *, extra_tokens: int = 0
     ) -> jax.Array:
-        """[B, extra_tokens + prod(grid), C] -> the same in the compute dtype.
+        """[B, extra_tokens + prod(grid), C] -> the same in the compute dtype; with a
+        stride fewer places.
 
         Tokens before the grid, which have no place on it, give zeros.
         """
         kernel = self.conv_kernel[...].astype(self.dtype)
         places = x[:, extra_tokens:].astype(self.dtype)
-        y = depthwise(places, kernel, grid, size=self.size, circular=self.circular)
+        form = dict(size=self.size, circular=self.circular, stride=self.stride)
+        y = depthwise(places, kernel, grid, **form)
         y = y if self.conv_bias is None else y + self.conv_bias[...].astype(self.dtype)
         return jnp.pad(y, ((0, 0), (extra_tokens, 0), (0, 0)))

@@ -1,0 +1,275 @@
+"""MBConvs in a pyramid: where they stand, their state, and MaxViT's parameters."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnjax import nn
+from attnjax.core import schema
+from attnjax.core.config import load_file
+from attnjax.core.errors import UserError
+from attnjax.data import images
+from attnjax.models import pyramid
+from attnjax.models.layout import named, path_of
+from attnjax.training import sharding
+
+B, SIDE, CHANNELS, CLASSES = 3, 8, 2, 5
+# A stage of three layers; in front of each an MBConv, in front of the first one that
+# halves the grid of 4 x 4.
+SMALL = dict(
+    embed_dim=8,
+    num_heads=2,
+    depths=(3,),
+    patch_size=4,
+    mlp_dim=0,
+    stem="double",
+    stem_dim=6,
+    downsampling="mbconv",
+    mbconv={"every": 1},
+    activation="gelu_tanh",
+)
+RECIPE = Path(__file__).parents[2] / "configs" / "pyramid" / "maxvit_t.py"
+
+
+def make(**options):
+    given = SMALL | options
+    given = {name: value for name, value in given.items() if value is not ...}
+    config = schema.build(pyramid.Config, pyramid.resolve(given))
+    return pyramid.Pyramid(
+        config, image_size=SIDE, channels=CHANNELS, num_classes=CLASSES
+    )
+
+
+def start(model, dtype=np.float32):
+    """Arrays from numpy, away from constant starts; variances are positive."""
+    rng = np.random.default_rng(0)
+
+    def one(leaf):
+        return (0.5 * rng.normal(size=leaf.shape)).astype(dtype)
+
+    params, buffers = jax.tree.map(one, jax.eval_shape(model.init, 0))
+    return params, jax.tree.map(np.exp, buffers)
+
+
+def images_of(batch=B):
+    return np.random.default_rng(1).normal(size=(batch, SIDE, SIDE, CHANNELS))
+
+
+@functools.cache
+def trained():
+    """A step of training: what goes in and comes out, float64."""
+    with jax.enable_x64(True):
+        model = make(dtype="float64", param_dtype="float64", remat="dots")
+        params, buffers = start(model, np.float64)
+
+        def loss(params, images):
+            ctx = model.context(batch=B, train=True)
+            logits, out = model.logits(params, buffers, images, ctx)
+            return jnp.sum(jnp.square(logits)), (logits, out.buffers)
+
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, (logits, after)), grads = run(params, images_of())
+        return model, params, buffers, jax.device_get((logits, after, grads))
+
+
+def by_parts(model, params, buffers, image):
+    """Logits in training from the description, of parts that are tested alone."""
+
+    def mbconv(in_dim, p, b, stride):
+        told = dict(config=model.config.mbconv, stride=stride, dtype="float64")
+        own = nnx.eval_shape(lambda: nn.MBConv(in_dim, 8, **told, rngs=nnx.Rngs(0)))
+        graph, _, _ = nnx.split(own, nnx.Param, nn.Buffer)
+        return nnx.merge(graph, p, b)
+
+    def batch_norm(x, p):
+        x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
+        return x * p["scale"] + p["bias"]
+
+    def convolved(x, p, stride, padding):
+        outer = np.pad(x, ((0, 0), padding, padding, (0, 0)))
+        count = x.shape[1] // stride
+        y = np.zeros((len(x), count, count, p["bias"].size))
+        for i, j in np.ndindex(count, count):
+            rows, columns = (slice(n * stride, n * stride + 3) for n in (i, j))
+            window = outer[:, rows, columns].reshape(len(x), -1)
+            y[:, i, j] = window @ p["kernel"] + p["bias"]
+        return y
+
+    stem, ends = params["stem"], buffers["ends"]["downsampling"]
+    x = batch_norm(convolved(image, stem["conv_0"], 2, (0, 1)), stem["norm_0"])
+    x = convolved(np.asarray(jax.nn.gelu(x)), stem["conv_1"], 1, (1, 1))
+    p = params["downsampling"]["mbconv_0"]
+    x = mbconv(6, p, ends["mbconv_0"], 2)(jnp.asarray(x), train=True)
+    ctx = model.context(batch=len(x)).replace(train=True)
+    stack, state = params["layers"], buffers["layers"]
+    plain, marked = (model.stages[0]._make_block(n, rngs=nnx.Rngs(0)) for n in NAMES)
+    del marked  # Its MBConv is written out here.
+    graph, _, _ = nnx.split(plain, nnx.Param, nn.Buffer)
+    places = [("group_0", 0), ("group_1", 0), ("group_1", 1)]
+    for group, i in places:
+        p, b = jax.tree.map(lambda a, i=i: a[i], (stack[group], state[group]))
+        p, b = dict(p["sub_0"]), b["sub_0"]
+        if "mbconv" in p:
+            x = mbconv(8, p.pop("mbconv"), b["mbconv"], 1)(x, train=True)
+        tokens = x.reshape(len(x), 4, 8)
+        x = nnx.merge(graph, p, {})(tokens, {}, ctx)[0].reshape(x.shape)
+    centred = x.mean((1, 2))
+    centred -= centred.mean(-1, keepdims=True)
+    pooled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6)
+    pooled = pooled * params["final_norm"]["scale"] + params["final_norm"]["bias"]
+    return pooled @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+NAMES = ("attention", "attention+mbconv")
+
+
+def test_the_model_is_its_parts():
+    model, params, buffers, (logits, _, _) = trained()
+    assert model.layout.groups == (((NAMES[0],), 1), ((NAMES[1],), 2))
+    assert "layers/002/mbconv/expand/kernel" in named(params["layers"], model.layout)
+    with jax.enable_x64(True):
+        wanted = by_parts(model, params, buffers, images_of())
+    np.testing.assert_allclose(logits, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_training_moves_every_norm_and_reaches_every_parameter():
+    _, _, before, (_, after, grads) = trained()
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    still = jax.tree.map(lambda a, b: bool(np.any(a == b)), before, after)
+    assert not any(jax.tree.leaves(still))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.any(grad), path
+
+
+def test_evaluation_names_an_image_alike_in_every_batch():
+    """Running statistics stand, and rows do not see one another."""
+    model = make(mbconv={"every": 2})
+    params, buffers = start(model)
+
+    @jax.jit
+    def run(images):
+        ctx = model.context(batch=len(images))
+        logits, out = model.logits(params, buffers, images, ctx)
+        return logits, out.buffers
+
+    two = images_of(2).astype(np.float32)
+    other = np.stack([two[0], two[1] + 1])
+    (one, after), (again, _) = run(two), run(other)
+    jax.tree.map(np.testing.assert_array_equal, after, buffers)
+    np.testing.assert_allclose(one[0], again[0], rtol=1e-5)
+    assert np.abs(one[1] - again[1]).max() > 1e-3
+
+
+# ---- counting
+
+
+def test_the_recipe_has_the_published_parameters():
+    """The count of torchvision's MaxViT-T is 30,919,624: it has 64 biases fewer in the
+    stem and 1000 in the head, and a shortcut map of 64 x 64 in the first stage."""
+    given = load_file(str(RECIPE))
+    source = images.config_class(given["data"]["name"])
+    data = schema.build(source, schema.resolve(source, given["data"]))
+    config = schema.build(pyramid.Config, pyramid.resolve(given["model"]))
+    model = pyramid.Pyramid(
+        config, image_size=data.image_size, channels=3, num_classes=1000
+    )
+    assert model.parameter_count() == 30_919_624 + 64 + 1000 - (64 * 64 + 64)
+    assert model.flops() / 2e9 == pytest.approx(5.6, abs=0.06)
+    assert [stage.grid[0] for stage in model.stages] == [56, 28, 14, 7]
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("T", 31), ("S", 69), ("B", 119), ("L", 212)]
+)
+def test_sizes_have_the_parameters_of_the_paper(size, millions):
+    """By the closed form of a block and of the ends; that of T is the model's own."""
+    c = load_file(f"{RECIPE}:{size}")["model"]
+    stem, dim = c["stem_dim"], c["embed_dim"]
+
+    def block(before, width):
+        wide, squeezed = 4 * width, width // 4
+        conv = 2 * before + before * wide + 13 * wide
+        conv += 2 * wide * squeezed + squeezed + wide + wide * width + width
+        conv += (before * width + width) * (before != width)
+        attention = 4 * width**2 + 4 * width + 169 * width // 32
+        mlp = 8 * width**2 + 5 * width
+        return conv + 2 * (attention + mlp + 4 * width)
+
+    total = 27 * stem + 3 * stem + 9 * stem**2 + stem
+    before = stem
+    for i, depth in enumerate(c["depths"]):
+        width = dim * 2**i
+        total += block(before, width) + (depth // 2 - 1) * block(width, width)
+        before = width
+    total += 2 * width + width**2 + width + 1000 * width + 1000
+    assert round(total / 1e6) == millions
+    if size == "T":
+        assert total == 30_916_528
+
+
+# ---- devices
+
+
+def test_wide_kernels_are_split():
+    params, _ = jax.eval_shape(make().init, 0)
+    whole = set()
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = path_of(key_path)
+        axes = [a for a in sharding.logical_axes(path, leaf.ndim) if a != "layers"]
+        if len(axes) > 1 and not any(axes):
+            whole.add(path)
+    assert not whole
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mbconv": {"squeeze": 0.0}},
+            "config.model.mbconv: squeeze must be in (0, 1]",
+        ),
+        (
+            {"mbconv": {"squeeze": 0.1}},
+            "config.model.mbconv: squeeze must leave at least one channel",
+        ),
+        (
+            {"downsampling": "patch", "stem": "patch", "mbconv": {"expansion": 3}},
+            "config.model.mbconv: describes MBConvs, of which there are none",
+        ),
+        ({"patch_size": 1}, "patch_size: must be even for downsampling=mbconv"),
+        (
+            {"downsampling": "patch", "stem": "patch"},
+            "stem_dim: the stem has the width of the first stage but with",
+        ),
+        (
+            {"downsampling": "patch", "stem_dim": None},
+            "patch_size: stem=double has a stride of 1 or 2; got patch_size=4",
+        ),
+        (
+            {"positions": "anchored", "stem": "patch", "stem_dim": None}
+            | {"downsampling": "patch"},
+            "mbconv: convolutions have zeros around the image",
+        ),
+        ({"stem": "conv", "patch_size": 2}, "4, 8, ... with downsampling=mbconv); got"),
+        ({"stem_dim": 0}, "config.model.stem_dim: must be at least 1; got 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        make(**options)
+
+
+def test_only_pyramids_have_mbconvs():
+    from attnjax.models import lm
+
+    with pytest.raises(UserError, match="mbconv"):
+        lm.resolve({"mbconv": {"every": 1}})
