@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from attnjax import nn
@@ -121,16 +120,6 @@ def windows_of(config: Config, part: str, grid: tuple[int, ...]) -> cuts.Windows
     return cuts.Windows(grid, size, KINDS[part])
 
 
-@functools.lru_cache(maxsize=64)
-def offsets(size: tuple[int, ...]) -> np.ndarray:
-    """The row of the table of biases for each query and key of a window, int [L, L]:
-    key - query + w - 1 along each axis, the axes in row-major order."""
-    places = np.stack(np.unravel_index(np.arange(math.prod(size)), size), -1)
-    steps = places[None] - places[:, None] + np.array(size) - 1
-    lengths = tuple(2 * w - 1 for w in size)
-    return np.ravel_multi_index(np.moveaxis(steps, -1, 0), lengths)
-
-
 def resized(
     table: jax.Array, source: tuple[int, ...], size: tuple[int, ...]
 ) -> jax.Array:
@@ -168,7 +157,7 @@ def reference(query, key, value, *, windows: cuts.Windows, bias=None):
 def _of_pairs(table: jax.Array, windows: cuts.Windows) -> jax.Array:
     """The bias of every two tokens by their places in their windows, [H, T, T]."""
     _, place = windows.token_windows()
-    return jnp.take(table, offsets(windows.size)[place[:, None], place], axis=1)
+    return jnp.take(table, cuts.offsets(windows.size)[place[:, None], place], axis=1)
 
 
 class Part(windowed.Windowed):
@@ -201,7 +190,7 @@ class Part(windowed.Windowed):
             return spec, {}
         size = self.windows.size
         table = resized(self.window_bias[...], self.bias_size, size)
-        table = jnp.take(table, offsets(size), axis=1)
+        table = jnp.take(table, cuts.offsets(size), axis=1)
         return windowed.with_bias(spec, table, call.ctx.extra_tokens)
 
     def bias_of_tokens(self, call):

@@ -50,7 +50,8 @@ class Config:
         norm_eps: its epsilon.
         zero_centered_norm: scales of norms (of layers, the end, queries and keys)
             are stored less 1, so that weight decay draws them to 1.
-        post_norm: norm also what each sub-layer adds, before it is added.
+        post_norm: norm also what each sub-layer adds, before it is added; "only": norm
+            that, and not what the sub-layer reads.
         use_bias: biases in linear maps and layer norms.
         qk_norm: RMSNorm of each head's query and key.
         positions: how the model knows the places of its tokens.
@@ -81,7 +82,7 @@ class Config:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     zero_centered_norm: bool = False
-    post_norm: bool = False
+    post_norm: bool | Literal["only"] = False
     use_bias: bool = False
     qk_norm: bool = False
     positions: str = "none"

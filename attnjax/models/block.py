@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ class BlockDims:
         activation: a key of `nn.ACTIVATIONS`.
         norm, norm_eps, use_bias: the norm's kind, epsilon, and biases everywhere.
         zero_centered_norm: scales of norms are stored less 1.
-        post_norm: what each sub-layer adds has a norm too.
+        post_norm: what each sub-layer adds has a norm too; "only": what it reads has
+            none.
         residual_scale: factor on what each sub-layer adds.
         dropout: rate on what each sub-layer adds.
         layer_scale: first value of the learned factors [C] on what each sub-layer
@@ -45,7 +47,7 @@ class BlockDims:
     norm_eps: float = 1e-6
     use_bias: bool = False
     zero_centered_norm: bool = False
-    post_norm: bool = False
+    post_norm: bool | Literal["only"] = False
     residual_scale: float = 1.0
     dropout: float = 0.0
     layer_scale: float | None = None
@@ -64,9 +66,10 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); extra streams run through both.
 
     With `post_norm` x + norm(mixer(norm(x))), and the same for the MLP: Gemma 2,
-    arXiv 2408.00118, section 2. Layer-scale: Touvron et al., arXiv 2103.17239, eq. 4.
-    Drop-path is the stochastic depth of Huang et al., arXiv 1603.09382, a row at a
-    time; extra streams, which all rows share, are never dropped.
+    arXiv 2408.00118, section 2; "only": x + norm(mixer(x)), the residual post-norm of
+    Liu et al., arXiv 2111.09883, section 3.2. Layer-scale: Touvron et al., arXiv
+    2103.17239, eq. 4. Drop-path is the stochastic depth of Huang et al., arXiv
+    1603.09382, a row at a time; extra streams, which all rows share, are never dropped.
 
     With `modulated` x + gate mixer(norm(x) (1 + scale) + shift), and the same for the
     MLP (adaLN-Zero of Peebles and Xie, arXiv 2212.09748, section 3.2); extra streams,
@@ -93,14 +96,15 @@ class Block(nnx.Module):
         self.has_mlp = dims.mlp_dim > 0
         self.modulation = self._modulation(rngs)
         self.conv_mixer = self._convolution(rngs)
-        self.norm_mixer = norm()
+        reads_normed = dims.post_norm != "only"
+        self.norm_mixer = norm() if reads_normed else None
         self.post_norm_mixer = norm() if dims.post_norm else None
         self.mixer = make_mixer(rngs=rngs)
         self.reads_residual = getattr(self.mixer, "reads_residual", False)
         self.layer_scale_mixer = self._layer_scale(rngs)
         if self.has_mlp:
             self.conv_mlp = self._convolution(rngs)
-            self.norm_mlp = norm()
+            self.norm_mlp = norm() if reads_normed else None
             self.post_norm_mlp = norm() if dims.post_norm else None
             self.layer_scale_mlp = self._layer_scale(rngs)
             self.mlp = nn.MLP(
@@ -175,7 +179,7 @@ class Block(nnx.Module):
 
     def _normed(self, x: jax.Array, steered) -> jax.Array:
         """What the mixer reads of [B, T, C]."""
-        return _read(self.norm_mixer(x), steered[:3])
+        return _read(_through(self.norm_mixer, x), steered[:3])
 
     def write(self, x: jax.Array, y: jax.Array, steered, ctx: Context) -> jax.Array:
         """x [B, T, C] with what the mixer gave, y, and with what the MLP adds."""
@@ -198,7 +202,7 @@ class Block(nnx.Module):
 
     def normed(self, streams: dict) -> dict:
         """Extra streams as the mixer reads them."""
-        return {name: self.norm_mixer(s) for name, s in streams.items()}
+        return {name: _through(self.norm_mixer, s) for name, s in streams.items()}
 
     def run_streams(self, streams: dict, ctx: Context, *, added=()) -> dict:
         """The raw extra streams [1, S, C] after this layer.
@@ -232,7 +236,7 @@ class Block(nnx.Module):
 
     def step(self, x: jax.Array, state, ctx: Context):
         """The same for decoding: [B, T, C] and the mixer's state -> both."""
-        y, state = self.mixer.step(self.norm_mixer(x), state, ctx)
+        y, state = self.mixer.step(_through(self.norm_mixer, x), state, ctx)
         x = self._add(x, self._of_mixer(y), ctx, 0)
         if self.has_mlp:
             x = self._add(x, self._of_mlp(x), ctx, 1)
@@ -240,14 +244,12 @@ class Block(nnx.Module):
 
     def _of_mixer(self, y):
         """What the mixer adds."""
-        y = y if self.post_norm_mixer is None else self.post_norm_mixer(y)
-        return _scaled(y, self.layer_scale_mixer)
+        return _scaled(_through(self.post_norm_mixer, y), self.layer_scale_mixer)
 
     def _of_mlp(self, x, steered=()):
         """What the MLP adds to x."""
-        y = self.mlp(_read(self.norm_mlp(x), steered))
-        y = y if self.post_norm_mlp is None else self.post_norm_mlp(y)
-        return _scaled(y, self.layer_scale_mlp)
+        y = self.mlp(_read(_through(self.norm_mlp, x), steered))
+        return _scaled(_through(self.post_norm_mlp, y), self.layer_scale_mlp)
 
     def _add(self, x, y, ctx: Context, salt: int):
         dims = self.dims
@@ -279,6 +281,11 @@ def _placed(x: jax.Array, conv, ctx: Context) -> jax.Array:
     if conv is None:
         return x
     return x + conv(x, ctx.grid, extra_tokens=ctx.extra_tokens).astype(x.dtype)
+
+
+def _through(norm, x: jax.Array) -> jax.Array:
+    """x behind a norm, where there is one."""
+    return x if norm is None else norm(x)
 
 
 def _read(x: jax.Array, steered) -> jax.Array:

@@ -73,8 +73,9 @@ class Config(backbone.Config):
             stride of 1 or 2, batch norm, activation, and another one (MaxViT).
         stem_dim: its channels, with downsampling=mbconv (none: embed_dim).
         downsampling: behind a norm, "patch": 2 x 2 places made one; "overlap": 3 x 3
-            at every second. "mbconv": an MBConv at every second place, in front of
-            the first stage too, so that the stem has half of patch_size.
+            at every second; "merge": 2 x 2 made one without a bias, in front of the
+            norm (SwinV2); "mbconv": an MBConv at every second place, in front of the
+            first stage too, so that the stem has half of patch_size.
         mbconv: MBConvs in front of layers, see `nn.MBConvConfig`. With downsampling=
             mbconv the one that a stage begins with is its first layer's.
         cpe: conditional positions, x + a depthwise convolution of x, in front of each
@@ -104,7 +105,7 @@ class Config(backbone.Config):
     patch_size: int = 4
     stem: Literal["patch", "overlap", "conv", "double"] = "patch"
     stem_dim: int | None = None
-    downsampling: Literal["patch", "overlap", "mbconv"] = "patch"
+    downsampling: Literal["patch", "overlap", "merge", "mbconv"] = "patch"
     mbconv: nn.MBConvConfig = dataclasses.field(default_factory=nn.MBConvConfig)
     cpe: bool = False
     positions: Literal["rope", "none", "anchored"] = "none"
@@ -253,7 +254,8 @@ def check(config: Config) -> None:
             f"{dim}. Change it, or use stem=patch or overlap."
         )
     for name in ("stem", "downsampling"):
-        if config.positions == "anchored" and getattr(config, name) != "patch":
+        is_beside = getattr(config, name) in ("patch", "merge")
+        if config.positions == "anchored" and not is_beside:
             raise UserError(
                 f"config.model.{name}: positions=anchored needs patches beside one "
                 f"another, with no zeros around the image; got {name}="

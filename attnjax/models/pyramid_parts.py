@@ -165,24 +165,28 @@ class Stem(nnx.Module):
 
 
 class Downsampling(nnx.Module):
-    """Between stages i - 1 and i: a norm, then half as many places along each axis.
+    """Between stages i - 1 and i: a norm, then half as many places along each axis;
+    with downsampling=merge the norm is behind.
 
     Parameters: `norm_<i>` and `conv_<i>`, i from 1.
     """
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         convolution, norm = _makers(config, dtype, rngs)
-        size, padding = {"patch": (2, 0), "overlap": (3, 1)}[config.downsampling]
+        size, padding = (3, 1) if config.downsampling == "overlap" else (2, 0)
+        self.norms_behind = config.downsampling == "merge"
+        if self.norms_behind:
+            convolution = partial(convolution, use_bias=False)
         for i in range(1, len(config.widths)):
             before, width = config.widths[i - 1 : i + 1]
             made = convolution(before, width, size=size, stride=2, padding=padding)
-            setattr(self, f"norm_{i}", norm(before))
+            setattr(self, f"norm_{i}", norm(width if self.norms_behind else before))
             setattr(self, f"conv_{i}", made)
 
     def __call__(self, x: jax.Array, stage: int) -> jax.Array:
         """[B, H, W, C] -> [B, H / 2, W / 2, C of `stage`]."""
-        x = getattr(self, f"norm_{stage}")(x)
-        return getattr(self, f"conv_{stage}")(x)
+        norm, conv = getattr(self, f"norm_{stage}"), getattr(self, f"conv_{stage}")
+        return norm(conv(x)) if self.norms_behind else conv(norm(x))
 
     def flops(self, places: Sequence[int]) -> float:
         """Forward FLOPs on one image, whose stages have so many places."""

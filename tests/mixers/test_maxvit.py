@@ -22,7 +22,7 @@ from attnjax.conformance.subject import jitted
 from attnjax.core.context import Hook
 from attnjax.core.errors import UserError
 from attnjax.mixers import attention, maxvit
-from attnjax.mixers.slots.windows import Windows
+from attnjax.mixers.slots.windows import Windows, offsets
 
 H, D = 6, 6
 
@@ -153,7 +153,7 @@ def test_the_table_has_an_entry_for_each_head_and_offset():
     s = made(maxvit, (14, 14), {"parts": "grid", "window": 7})
     params, _ = jax.eval_shape(lambda: s.init(0))
     assert params["grid"]["window_bias"].shape == (H, 169)
-    rows = maxvit.offsets((7, 7))
+    rows = offsets((7, 7))
     assert sorted(set(rows.reshape(-1))) == list(range(169))
     assert rows[0, 0] == 6 * 13 + 6 and rows[0, 1] == rows[0, 0] + 1
 

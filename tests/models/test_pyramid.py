@@ -57,7 +57,7 @@ def norm(x, p):
 
 
 def affine(x, p):
-    return x @ p["kernel"] + p["bias"]
+    return x @ p["kernel"] + p.get("bias", 0)
 
 
 def gelu(x):
@@ -87,9 +87,14 @@ def placed(x, p):
     return x + np.einsum("abnc,nc->abc", seen, p["conv_kernel"]) + p["conv_bias"]
 
 
+def normed(x, p, name):
+    """x behind the norm of this name, where the layer has it."""
+    return norm(x, p[name]) if name in p else x
+
+
 def layer_by_hand(p, x, heads, cpe):
     x = placed(x, p["conv_mixer"]) if cpe else x
-    inner, mixer = norm(x, p["norm_mixer"]).reshape(-1, x.shape[-1]), p["mixer"]
+    inner, mixer = normed(x, p, "norm_mixer").reshape(-1, x.shape[-1]), p["mixer"]
     q, k, v = (
         affine(inner, mixer[name]).reshape(len(inner), heads, -1)
         for name in ("query", "key", "value")
@@ -98,10 +103,10 @@ def layer_by_hand(p, x, heads, cpe):
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     y = np.einsum("hts,shd->thd", weights, v).reshape(inner.shape)
-    x = x + affine(y, mixer["out"]).reshape(x.shape)
+    x = x + normed(affine(y, mixer["out"]).reshape(x.shape), p, "post_norm_mixer")
     x = placed(x, p["conv_mlp"]) if cpe else x
-    inner = affine(norm(x, p["norm_mlp"]), p["mlp"]["up"])
-    return x + affine(gelu(inner), p["mlp"]["down"])
+    inner = affine(normed(x, p, "norm_mlp"), p["mlp"]["up"])
+    return x + normed(affine(gelu(inner), p["mlp"]["down"]), p, "post_norm_mlp")
 
 
 def by_hand(model, params, image):
@@ -115,9 +120,15 @@ def by_hand(model, params, image):
         x = norm(x, p["stem"][f"norm_{i}"])
     for i, heads in enumerate(c.stage_heads):
         if i:
-            x = norm(x, p["downsampling"][f"norm_{i}"])
+            scale, conv = (
+                p["downsampling"][f"{name}_{i}"] for name in ("norm", "conv")
+            )
             shape = overlap if c.downsampling == "overlap" else half
-            x = convolved(x, p["downsampling"][f"conv_{i}"], **shape)
+            if c.downsampling == "merge":
+                assert "bias" not in conv
+                x = norm(convolved(x, conv, **shape), scale)
+            else:
+                x = convolved(norm(x, scale), conv, **shape)
         layer = jax.tree.map(lambda a: a[0], p["layers"][f"group_{i}"]["sub_0"])
         x = layer_by_hand(layer, x, heads, c.cpe)
     x = x.reshape(-1, x.shape[-1])
@@ -135,8 +146,9 @@ def by_hand(model, params, image):
     [
         {"stem": "overlap", "downsampling": "overlap", "cpe": True},
         {"stem": "conv", "patch_size": 4, "pool": "norm_mean", "head_hidden": 7},
+        {"stem": "overlap", "downsampling": "merge", "post_norm": "only"},
     ],
-    ids=["overlap, positions", "halving, hidden layer"],
+    ids=["overlap, positions", "halving, hidden layer", "merging, norms behind"],
 )
 def test_the_model_is_its_description(options):
     with jax.enable_x64(True):

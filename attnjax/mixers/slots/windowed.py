@@ -61,6 +61,7 @@ class Windowed(attention.Mixer):
         if any(hook.what in LAID_OPEN for hook in call.ctx.hooks):
             return self._laid_open(x, qkv, operands, call, spec)
         own, more = self.of_windows(spec, call)
+        seen, ids = self.mask_of_windows(mask, len(x), extra)
         query, key, value = qkv
         rows = (
             self.rows(query[:, extra:]),
@@ -70,9 +71,10 @@ class Windowed(attention.Mixer):
         visible = self.windows.visible()
         if visible is not None:
             # Extra tokens come first and are always there.
-            seen = np.pad(visible, ((0, 0), (extra, 0)), constant_values=True)
-            more = more | {"kv_mask": jnp.asarray(np.tile(seen, (len(x), 1)))}
-        heads = super().attend(x, rows, mask, operands | more, call, spec=own)
+            there = np.pad(visible, ((0, 0), (extra, 0)), constant_values=True)
+            more = more | {"kv_mask": jnp.asarray(np.tile(there, (len(x), 1)))}
+        arrays = operands | more | ids
+        heads = super().attend(x, rows, seen, arrays, call, spec=own)
         heads = heads.reshape(len(x), self.windows.count, *heads.shape[1:])
         heads = self.windows.unfold(heads)
         if not extra:
@@ -112,6 +114,13 @@ class Windowed(attention.Mixer):
         and anything where they do not see one another; None for nothing."""
         del call
         return None
+
+    def mask_of_windows(
+        self, mask: kernels.Mask, batch: int, extra: int
+    ) -> tuple[kernels.Mask, dict[str, jax.Array]]:
+        """What is seen inside the rows of `of_windows`, and its arrays."""
+        del batch, extra
+        return mask, {}
 
     def of_windows(
         self, spec: kernels.AttentionSpec, call: Call

@@ -168,6 +168,16 @@ class Windows:
         return functools.reduce(np.kron, each)
 
 
+@functools.lru_cache(maxsize=64)
+def offsets(size: tuple[int, ...]) -> np.ndarray:
+    """The row of a table of biases for each query and key of a window, int [L, L]:
+    key - query + w - 1 along each axis, the axes in row-major order."""
+    places = np.stack(np.unravel_index(np.arange(math.prod(size)), size), -1)
+    steps = places[None] - places[:, None] + np.array(size) - 1
+    lengths = tuple(2 * w - 1 for w in size)
+    return np.ravel_multi_index(np.moveaxis(steps, -1, 0), lengths)
+
+
 def _haloed(x: jax.Array, axis: int, block: int, halo: int) -> jax.Array:
     """Axis of length n -> axes [n / block, block + 2 halo]: each block with what lies
     on its sides, zeros outside."""
