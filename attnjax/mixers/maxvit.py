@@ -281,8 +281,8 @@ SPEC = MixerSpec(
         "Blocks alone never pass anything on to another block. After blocks and "
         "lattices every token depends on every other where P * G is at least the "
         "length of each axis.",
-        "A layer keeps the grid as it is; stages are those of config.model.name="
-        "pyramid (docs/pyramid.md), which has no MBConv in front of a pair.",
+        "A layer keeps the grid as it is; stages, and the MBConvs in front of a pair, "
+        "are those of config.model.name=pyramid (docs/pyramid.md).",
     ),
     deviations=(
         "The paper has a norm and an MLP of its own for each part. Here that is a "
