@@ -26,6 +26,7 @@ DASHES = ("-", "--", "-.", ":")
 MARKS = "osD^vP*X"
 _STYLE = {"svg.hashsalt": "attnjax", "svg.fonttype": "path", "font.size": 10}
 _FALLING = ("loss", "bits_per_byte")  # what goes down unless a run diverges
+_LINE = 0.17  # inches that an entry of the legend takes
 _BESIDE = 6  # with more entries the legend stands beside the picture
 
 
@@ -165,7 +166,8 @@ def _svg(draw, entries: int) -> str:
     settings = {k: v for k, v in settings.items() if not k.startswith("backend")}
     with matplotlib.rc_context(settings):
         beside = entries > _BESIDE
-        figure = Figure(figsize=(9.5 if beside else 7, 4.2), layout="constrained")
+        size = (9.5, max(4.2, _LINE * entries + 0.6)) if beside else (7, 4.2)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         axes.grid(alpha=0.3)

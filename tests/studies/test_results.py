@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import warnings
 
 import made_study as made
 import matplotlib
@@ -151,6 +153,18 @@ def test_pictures_are_the_same_whatever_matplotlib_is_set_to(runs):
         assert matplotlib.rcParams["font.size"] == 30
     assert before.startswith("<svg") and "#0072b2" in before.lower()
     assert plots.curves(found, "eval/nothing") is None
+
+
+def test_a_long_legend_leaves_room_for_the_picture():
+    def draw(axes):
+        for i in range(60):
+            axes.plot([0, 1], [i, i], label=f"a row with several words {i}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that collapses
+        found = plots._svg(draw, 60)
+    height = float(re.search(r'height="([\d.]+)pt"', found).group(1))
+    assert height > 60 * 8  # points of the legend's letters
 
 
 def test_a_scatter_needs_its_cost(runs):
