@@ -34,6 +34,15 @@ def _options(name, **options):
     }
 
 
+def _every_second_shifted(name, **options):
+    """Layers "window shifted", again and again to the depth of the model."""
+    return {
+        "model.layers": "window shifted",
+        "model.mixers.window": {"type": name, **options},
+        "model.mixers.shifted": {"type": name, "shifted": True, **options},
+    }
+
+
 def mechanisms(side):
     """Row -> overrides, for a grid of side x side patches: windows are half as wide,
     halos a quarter, neighbourhoods one more than windows."""
@@ -59,6 +68,7 @@ def mechanisms(side):
         "halo": _options("halonet", block=window, halo=halo),
         "block and grid (MaxViT)": _options("maxvit", window=window),
         "window and channel (DaViT)": _options("davit", window=window),
+        "shifted windows (Swin v2)": _every_second_shifted("swin_v2", window=window),
         "anchored windows": _options("shift_equivariance", window=window),
         "reversed (DependencyViT)": _options("dependencyvit"),
         "TAP and ADL": _options("tap_adl"),
