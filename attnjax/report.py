@@ -1,6 +1,7 @@
 """python -m attnjax.report DIR: the table of a sweep, or of any folder of runs."""
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,8 @@ class Flags:
         folder: the --workdir of a sweep, or a folder above run directories.
         format: md, csv, json, latex, or html (one page with table and plots).
         out: the file to write; standard output without it.
+        only: LABEL=VALUE,...: the runs with these labels; several values of one label
+            are alternatives (none: all).
         metric: <split>/<name>, as in eval/loss; several with commas or by repeating.
         rows: labels that make a row, with commas or by repeating.
         cols: labels spread over columns, with commas or by repeating.
@@ -36,6 +39,7 @@ class Flags:
     folder: str = positional()
     format: Literal["md", "csv", "json", "latex", "html"] = "md"
     out: str | None = None
+    only: str | None = None
     metric: tuple[str, ...] | None = None
     rows: tuple[str, ...] | None = None
     cols: tuple[str, ...] | None = None
@@ -66,11 +70,15 @@ def main(argv: list[str]) -> int:
 
 def report(flags: Flags) -> str:
     """The report that the flags ask for."""
-    from attnjax.studies import collect, formats, page, results
+    from attnjax.studies import collect, formats, page, results, selection
 
     if flags.last and flags.best:
         raise UserError("report: --last and --best exclude one another; give one.")
     runs, table = collect.collect(flags.folder)
+    if flags.only is not None:
+        chosen = selection.selected(flags.only, [run.labels for run in runs])
+        runs = list(itertools.compress(runs, chosen))
+        table = table and table.cut_to([run.labels for run in runs])
     table = _asked(table or results.default_table(runs), flags)
     if flags.no_timing:
         table = results.without_timing(table)
@@ -117,14 +125,9 @@ def _asked(table: "Table", flags: Flags) -> "Table":
 def _baseline(text: str) -> dict[str, str] | None:
     if text == "none":
         return None
-    pairs = [part.partition("=") for part in text.split(",")]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise UserError(
-                f"--baseline: must be LABEL=VALUE,...; got {text!r} ({name!r} has no "
-                "value)."
-            )
-    return {name: value for name, _, value in pairs}
+    from attnjax.studies import selection
+
+    return dict(selection.pairs(text, "--baseline"))
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -15,6 +15,8 @@ class Flags:
         sweep: Python file with sweep() and, for the report, table().
         workdir: the sweep's directory.
         launcher: local, slurm or print.
+        only: LABEL=VALUE,...: run the points with these labels; several values of one
+            label are alternatives (none: all).
         jobs: points that run at one time.
         retries: how often a point that crashed is begun again.
         slurm: JSON file with settings of the slurm launcher.
@@ -24,6 +26,7 @@ class Flags:
     sweep: str
     workdir: str
     launcher: str = "local"
+    only: str | None = None
     jobs: int = 1
     retries: int = 2
     slurm: str | None = None
@@ -38,7 +41,7 @@ def main(argv: list[str]) -> int:
     from attnjax.studies import forecast, launchers, sweep_file
 
     launch = launchers.find(flags.launcher)
-    study = sweep_file.load(flags.sweep, flags.workdir)
+    study = sweep_file.load(flags.sweep, flags.workdir, only=flags.only)
     if flags.dry_run:
         print("\n".join(forecast.lines(study)))
         return EXIT_OK

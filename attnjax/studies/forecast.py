@@ -41,10 +41,10 @@ def costs(study: Study) -> tuple[list[Cost], str]:
     with start, compilation and evaluations, beside whatever else ran then.
     """
     known: dict[str, Cost] = {}
-    found = [_cost(study, point, known) for point in study.points]
+    found = [_cost(study, point, known) for point in study.asked]
     paces = [
         cost.training_flops / seconds
-        for point, cost in zip(study.points, found, strict=True)
+        for point, cost in zip(study.asked, found, strict=True)
         if (seconds := _measured(study, point)) is not None
     ]
     if not paces:
@@ -92,7 +92,7 @@ def _measured(study: Study, point: Planned) -> float | None:
 def _matched(study: Study, found: list[Cost]) -> list[str]:
     """A line for each width that params=match found; seeds share theirs."""
     told: dict[str, str] = {}
-    for point, cost in zip(study.points, found, strict=True):
+    for point, cost in zip(study.asked, found, strict=True):
         if cost.matched is not None:
             told.setdefault(cost.matched.line(), point.name)
     return ["", *(f"{name}: {line}" for line, name in told.items())] if told else []
@@ -105,7 +105,7 @@ def lines(study: Study) -> list[str]:
     flops = "FLOPs/" + " or ".join(units)
     head = ("hash", "state", "parameters", flops, "time", "point")
     rows = [head]
-    for point, cost in zip(study.points, found, strict=True):
+    for point, cost in zip(study.asked, found, strict=True):
         state = ledger.current(study.workdir, point.hash).state
         rows.append(
             (
@@ -128,10 +128,10 @@ def lines(study: Study) -> list[str]:
     text += _matched(study, found)
     left = [
         cost.seconds
-        for point, cost in zip(study.points, found, strict=True)
+        for point, cost in zip(study.asked, found, strict=True)
         if not ledger.is_done(study.run_directory(point)) and cost.seconds is not None
     ]
-    end = f"{len(study.points)} points"
+    end = f"{len(study.asked)} points"
     if left:
         end += f", about {sum(left) / 60:.0f} minutes of training left, one at a time"
     return [*text, "", f"{end} ({basis})."]

@@ -20,7 +20,7 @@ class Display:
 
     def __init__(self, study: Study):
         self._study = study
-        self._total = len(study.points)
+        self._total = len(study.asked)
         self._done = self._failed = 0
         self._live = None
         self._drawn = 0.0

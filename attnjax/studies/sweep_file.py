@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.core.userfile import read_source, run_file, told_as_user_error
-from attnjax.studies import evaluations, groups, judges, ledger, worker
+from attnjax.studies import evaluations, groups, judges, ledger, selection, worker
 from attnjax.studies.evaluations import Evaluation
 from attnjax.studies.places import FOLDERS, STUDY, config_path, run_directory
 from attnjax.studies.points import Point, find_config
@@ -62,12 +63,34 @@ class Element:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The points and the table of one sweep file, and the directory they live in."""
+    """The points and the table of one sweep file, and the directory they live in.
+
+    Attributes:
+        workdir: absolute.
+        file: the sweep file.
+        points: all of them, in order.
+        table: of the report; None: a default one.
+        only: "LABEL=VALUE,..." of the points that are asked for (`selection`); None:
+            all.
+    """
 
     workdir: Path
     file: Path
     points: tuple[Planned, ...]
     table: Table | None
+    only: str | None = None
+
+    @property
+    def asked(self) -> tuple[Planned, ...]:
+        """The points that `only` names: those to be run.
+
+        Raises:
+            UserError: it names none.
+        """
+        if self.only is None:
+            return self.points
+        chosen = selection.selected(self.only, [one.labels for one in self.points])
+        return tuple(itertools.compress(self.points, chosen))
 
     @cached_property
     def by_hash(self) -> dict[str, Planned]:
@@ -161,13 +184,19 @@ def _evaluations(one: Planned) -> dict:
     return {"evaluations": asked} if asked else {}
 
 
-def load(path: str | Path, workdir: str | Path) -> Study:
+def load(path: str | Path, workdir: str | Path, *, only: str | None = None) -> Study:
     """Run a sweep file and settle its points; nothing is written.
+
+    Args:
+        path: the sweep file.
+        workdir: the sweep's directory.
+        only: see `Study`.
 
     Raises:
         UserError: the file is missing, fails, has no sweep(), gives no points, two
             with the same labels or the same config, one whose config does not hold
-            (named by its labels), or a table that does not fit.
+            (named by its labels), a table that does not fit, or an `only` that no
+            point has.
     """
     path = Path(path)
     read_source(path, owner=OWNER)
@@ -188,7 +217,9 @@ def load(path: str | Path, workdir: str | Path) -> Study:
         with _at(path):
             table.check([one.labels for one in settled])
             table.check_splits(e.name for one in settled for e in one.evaluations)
-    return Study(Path(workdir).absolute(), path, tuple(settled), table)
+    study = Study(Path(workdir).absolute(), path, tuple(settled), table, only)
+    _ = study.asked  # What it names wrongly is told now.
+    return study
 
 
 def _points(module: Any, path: Path) -> list[Point]:

@@ -180,6 +180,23 @@ class Table:
         """Whether a point with these labels is in a row."""
         return self.leave_out is None or not matches(self.leave_out, labels)
 
+    def cut_to(self, labels: Iterable[Mapping[str, Any]]) -> "Table":
+        """The table of some of the points: without a baseline, or figures of the paper,
+        that belong to others.
+
+        Args:
+            labels: label -> value of each point that is left.
+        """
+        points = [one for one in labels if self.has(one)]
+
+        def belongs(wanted: Mapping[str, Any]) -> bool:
+            return any(matches(wanted, point) for point in points)
+
+        paper = tuple(value for value in self.paper if belongs(value.labels))
+        has_baseline = self.baseline is not None and belongs(self.baseline)
+        baseline = self.baseline if has_baseline else None
+        return dataclasses.replace(self, paper=paper, baseline=baseline)
+
     def check_splits(self, evaluations: Iterable[str]) -> None:
         """Refuse a metric of an evaluation that no point asks for.
 

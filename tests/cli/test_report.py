@@ -116,6 +116,19 @@ def test_another_baseline_and_none(run_door, study):
     assert "Δ" not in shown(run_door, study, "--baseline=none")
 
 
+def test_only_some_runs_are_shown(run_door, study):
+    found = records(run_door, study, "--only", "seed=0,seed=2,mixer=attention")
+    assert found.keys() == {("attention", m) for m in TABLE["metrics"]}
+    row = found["attention", "eval/loss"]
+    wanted = final("attention", seeds=(0, 2))
+    assert (row["n"], row["mean"]) == (2, pytest.approx(wanted.mean(), rel=1e-9))
+    # Without the baseline, or the row that the paper's value is of.
+    gated = records(run_door, study, "--only", "mixer=gated_attention")
+    assert gated["gated_attention", "eval/loss"]["difference"] is None
+    assert gated["gated_attention", "eval/loss"]["paper"] == 1.85
+    assert row["paper"] is None
+
+
 def test_labels_spread_over_columns(run_door, study):
     words = (study, "--cols", "mixer", "--rows", "seed")
     code, _, err = run_door(main, *words)
@@ -293,6 +306,7 @@ def test_out_is_written_whole(run_door, study, tmp_path):
         (["--cols", "sede"], "columns must name labels .* Did you mean seed"),
         (["--baseline", "mixer=softmax"], "the baseline must be a row"),
         (["--baseline", "mixer"], "must be LABEL=VALUE"),
+        (["--only", "mixer=atention"], "mixer=atention. Did you mean attention"),
         (["--last", "--best"], "exclude one another"),
         (["--format", "pdf"], "--format"),
         (["--metrics", "eval/loss"], "unknown flag '--metrics'"),

@@ -82,6 +82,13 @@ def bench(study, monkeypatch):
     return run
 
 
+def test_only_the_points_that_are_asked_for_run(bench, study, capsys):
+    object.__setattr__(study, "only", "seed=2,seed=0")
+    assert bench() == 0
+    assert order(study) == [0, 2]
+    assert "2 of 2 points done" in capsys.readouterr().out
+
+
 def states(study):
     return [ledger.read(study.workdir, point.hash).state for point in study.points]
 

@@ -72,6 +72,17 @@ def test_what_is_written_is_what_the_report_reads(load, tmp_path):
         assert json.loads(path.read_text()) == point.config
 
 
+def test_points_that_are_not_asked_for_are_written_all_the_same(sweep_of, tmp_path):
+    file = sweep_of(SEEDS.format(3))
+    study = sweep_file.load(file, tmp_path / "work", only="seed=1")
+    study.write()
+    assert [one.labels["seed"] for one in study.asked] == [1]
+    content = json.loads((tmp_path / "work/sweep.json").read_text())
+    assert len(content["points"]) == len(study.points) == 3
+    with pytest.raises(UserError, match="got seed=3"):
+        sweep_file.load(file, tmp_path / "work", only="seed=3")
+
+
 def test_loading_writes_nothing(load, tmp_path):
     load(SEEDS.format(1))
     assert not (tmp_path / "work").exists()

@@ -82,7 +82,7 @@ class _Driver:
         self.failed: dict[str, str] = {}
         self.mistaken: set[str] = set()
         self.crashes: collections.Counter[str] = collections.Counter()
-        for point in study.points:
+        for point in study.asked:
             if self._is_free(point):
                 self.waiting.append(point)
         self.display.begin(len(self.done))
@@ -130,7 +130,7 @@ class _Driver:
 
     def summary(self) -> str:
         """How many points are where, in words."""
-        total = len(self.study.points)
+        total = len(self.study.asked)
         left = total - len(self.done) - len(self.failed)
         parts = [f"{len(self.done)} of {total} points done"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []

@@ -15,7 +15,7 @@ def launch(study: Study, options: Options) -> int:
     """
     left = [
         point
-        for point in study.points
+        for point in study.asked
         if ledger.current(study.workdir, point.hash).state not in ("done", "running")
     ]
     for element in study.elements(left):

@@ -90,7 +90,7 @@ def launch(study: Study, options: Options) -> int:
     known = _read_submitted(study.workdir)
     queued = _queued() if known else set()
     left, waiting = [], 0
-    for point in study.points:
+    for point in study.asked:
         state = ledger.current(study.workdir, point.hash).state
         if state in ("done", "running"):
             continue
@@ -115,7 +115,7 @@ def launch(study: Study, options: Options) -> int:
     array, count = ids[0].partition("_")[0], len(elements)
     grouped = f" ({count} processes)" if count < len(left) else ""
     print(
-        f"submitted {len(left)} of {len(study.points)} points as job {array}{grouped}, "
+        f"submitted {len(left)} of {len(study.asked)} points as job {array}{grouped}, "
         f"{min(options.jobs, count)} at a time. Watch: squeue -j {array}; logs: "
         f"{study.workdir / 'logs'}. The same command submits what is left."
     )
