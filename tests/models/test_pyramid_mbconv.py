@@ -31,7 +31,7 @@ SMALL = dict(
     stem="double",
     stem_dim=6,
     downsampling="mbconv",
-    mbconv={"every": 1},
+    mbconv={"every": 1, "norm_eps": 0.1, "norm_momentum": 0.3},
     activation="gelu_tanh",
 )
 RECIPE = Path(__file__).parents[2] / "configs" / "pyramid" / "maxvit_t.py"
@@ -100,7 +100,7 @@ def by_parts(model, params, buffers, images):
 
     stem, ends = params["stem"], buffers["ends"]["downsampling"]
     x = convolved(images, stem["conv_0"], 2)
-    x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-3)
+    x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 0.1)
     x = jax.nn.gelu(x * stem["norm_0"]["scale"] + stem["norm_0"]["bias"])
     x = convolved(x, stem["conv_1"], 1)
     x = mbconv(x, 6, params["downsampling"]["mbconv_0"], ends["mbconv_0"], 2)
@@ -161,6 +161,28 @@ def test_evaluation_names_an_image_alike_in_every_batch():
     jax.tree.map(np.testing.assert_array_equal, after, buffers)
     np.testing.assert_allclose(one[0], again[0], rtol=1e-5)
     assert np.abs(one[1] - again[1]).max() > 1e-3
+
+
+def test_drop_path_leaves_out_mbconvs_of_some_images():
+    """Of equal images there are as many kinds as ways to keep branches: the MBConv
+    between the stages, the second layer, and the MBConv and attention of the third.
+    The first stage's MBConv and layer are always there."""
+    model, plain = (make(depths=(1, 2), drop_path=rate) for rate in (0.6, 0.0))
+    params, buffers = start(model)
+    images = np.repeat(images_of(1).astype(np.float32), 256, axis=0)
+
+    def logits(model, images, **told):
+        ctx = model.context(batch=len(images), **told)
+        return model.logits(params, buffers, images, ctx)[0]
+
+    run = jax.jit(
+        functools.partial(logits, model, train=True, prng_key=jax.random.key(0))
+    )
+    kinds = np.unique(np.asarray(run(images)).round(3), axis=0)
+    assert len(kinds) == 2**4
+    np.testing.assert_array_equal(
+        *(jax.jit(functools.partial(logits, one))(images[:1]) for one in (model, plain))
+    )
 
 
 # ---- counting

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from attnjax import nn
 
@@ -38,3 +39,11 @@ def test_a_narrow_input_is_normed_wide():
     y, running = nn.batch_norm(x, nn.batch_statistics(2), train=True)
     assert y.dtype == jnp.bfloat16 and running["mean"].dtype == jnp.float32
     assert not y.any()
+
+
+def test_a_narrow_model_remembers_wide_statistics():
+    layer = nn.BatchNorm(2, dtype="bfloat16", rngs=nnx.Rngs(0))
+    layer(jnp.full((4, 2), 3.0, jnp.bfloat16), train=True)
+    for one, wanted in ((layer.mean, 0.03), (layer.variance, 0.99)):
+        assert one[...].dtype == jnp.float32
+        np.testing.assert_allclose(one[...], wanted, rtol=1e-6)

@@ -11,7 +11,7 @@ from attnjax import nn
 def test_an_output_place_reads_its_window_of_all_channels():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 7, 5, 3)).astype(np.float32)
-    for size, stride, padding in ((3, 2, 1), (1, 1, 0)):
+    for size, stride, padding in ((3, 2, 1), (1, 1, 0), (2, 2, 1)):
         layer = nn.Convolution(
             3, 4, size=size, stride=stride, padding=padding, rngs=nnx.Rngs(0)
         )
@@ -60,3 +60,21 @@ def test_on_a_circular_grid_a_shift_moves_what_comes_out():
     plain = nn.DepthwiseConvolution(3, rngs=nnx.Rngs(0))
     inside = plain(x.reshape(2, 20, 3), (4, 5)).reshape(x.shape)[:, 1:-1, 1:-1]
     np.testing.assert_allclose(out(x)[:, 1:-1, 1:-1], inside, atol=1e-6)
+
+
+def test_strides_of_channels_apart_are_those_of_a_padded_convolution():
+    """An odd axis and an even one, at every second place."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 4, 3)).astype(np.float32)
+    layer = nn.DepthwiseConvolution(3, stride=2, use_bias=False, rngs=nnx.Rngs(0))
+    wanted = jax.lax.conv_general_dilated(
+        x,
+        layer.conv_kernel[...].reshape(3, 3, 1, 3),
+        (2, 2),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=3,
+    )
+    assert wanted.shape == (2, 3, 2, 3)
+    out = layer(x.reshape(2, 20, 3), (5, 4))
+    np.testing.assert_allclose(out, wanted.reshape(2, 6, 3), atol=1e-5)
