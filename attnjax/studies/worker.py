@@ -124,9 +124,10 @@ def _train_judge(workdir: Path, point_hash: str, signals: StopSignal) -> None:
         StopRequested: a signal came first.
         UserError: its training failed.
     """
+    if not ledger.is_trained(run_directory(workdir, point_hash)):
+        print(f"judge {point_hash}: not trained yet", flush=True)
     while not ledger.is_trained(run_directory(workdir, point_hash)):
         try:
-            print(f"judge {point_hash}: not trained yet", flush=True)
             code = _work(workdir, point_hash, signals)
         except ledger.Busy:
             with signals.interrupting():

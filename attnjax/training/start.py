@@ -44,6 +44,7 @@ def start_from(experiment: Experiment, checkpointer, say) -> dict:
     """
     settings = experiment.train
     source, meta = source_run.read_arrays(checkpointer, settings.init_from)
+    _check_places(experiment, meta)
     layers = settings.init_layers
     if settings.init_convert is not None:
         source = conversions.convert(
@@ -67,6 +68,14 @@ def start_from(experiment: Experiment, checkpointer, say) -> dict:
     if "ema" in state:
         state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state
+
+
+def _check_places(experiment: Experiment, meta: dict) -> None:
+    """Raise UserError where tokens have other fixed positions than in the other run,
+    and nobody said so: arrays of another shape are found without this."""
+    if getattr(experiment.model.config, "positions", None) == "sincos":
+        source = source_run.read_model(experiment.train.init_from, meta)
+        experiment.feed.check_places(source, experiment.model)
 
 
 def _whole(value: jax.Array) -> np.ndarray:

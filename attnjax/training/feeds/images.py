@@ -262,10 +262,10 @@ class ImageFeed(Feed):
 
     def check_places(self, model: Any, own: Any) -> None:
         """See `Feed`: fixed positions of a grid; learned ones have another shape."""
-        if getattr(own.config, "positions", None) != "sincos":
+        if any(one.config.positions != "sincos" for one in (model, own)):
             return
         trained, grid = model.positions_grid[0], own.positions_grid[0]
-        if trained == grid:
+        if trained == grid or own.config.positions_grid is not None:
             return
         raise UserError(
             "config.model.positions_grid: must be said for images of another size, "
