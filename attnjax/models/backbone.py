@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,38 @@ def check(config: Config) -> None:
             f"dtype={config.dtype}, param_dtype={config.param_dtype} without them. "
             "Set the environment variable JAX_ENABLE_X64=1."
         )
+
+
+def resolve(
+    kind: type,
+    given: dict,
+    *,
+    check: Callable[[Any], None],
+    sized: Callable[[Any], Any] = lambda config: config,
+    check_choices: Callable[[Any, dict], None] | None = None,
+) -> dict:
+    """Fill and check `config.model`: JSON in, JSON out. What `sized` gives stays none,
+    so that another size can be laid over it.
+
+    Args:
+        kind: the model's Config.
+        given: `config.model`.
+        check: (config) -> None; raises where settings do not fit.
+        sized: (config) -> the same with the numbers of its size.
+        check_choices: (config, {instance: Choice}) -> None, for the mechanisms; none:
+            the model checks them where it is built.
+
+    Raises:
+        UserError: for a setting, mechanism or option that does not fit.
+    """
+    filled = schema.resolve(kind, given, path="config.model")
+    config = sized(schema.build(kind, filled, path="config.model"))
+    check(config)
+    mixers = mixer_choice.resolve_mixers(config.schedule(), filled["mixers"])
+    filled["mixers"] = mixers
+    if check_choices is not None:
+        check_choices(config, mixer_choice.choices(mixers))
+    return filled
 
 
 def check_ranges(config: Config, *rules: tuple[str, str, Callable]) -> None:

@@ -10,7 +10,6 @@ vector, `Context.condition`.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnjax import nn
-from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.models import backbone, image_sizes, mixer_choice, schedule
+from attnjax.models import backbone, denoiser, image_sizes, mixer_choice
+from attnjax.models.block import BlockDims
 from attnjax.models.stack import StackOut
 
 # name -> C, layers, heads; the MLP is 4 C wide.
@@ -92,19 +91,7 @@ def sized(config: Config) -> Config:
 
 def check(config: Config) -> None:
     """Raise UserError where settings, with their sizes filled in, do not fit."""
-    backbone.check(config)
-    backbone.check_ranges(
-        config,
-        ("patch_size", "at least 1", lambda v: v >= 1),
-        ("positions_grid", "at least 1", lambda v: v >= 1),
-        ("label_dropout", "in [0, 1)", lambda v: 0 <= v < 1),
-        ("time_features", "even, and at least 2", lambda v: v >= 2 and v % 2 == 0),
-    )
-    if config.init_std is None and config.scale_out_init:
-        raise UserError(
-            "config.model.scale_out_init: divides init_std; got scale_out_init=true, "
-            "init_std=none. Set config.model.init_std, e.g. to 0.02."
-        )
+    denoiser.check(config, ("label_dropout", "in [0, 1)", lambda v: 0 <= v < 1))
     if config.zero_centered_norm:
         raise UserError(
             "config.model.zero_centered_norm: the norms of a dit have no scales; got "
@@ -113,22 +100,17 @@ def check(config: Config) -> None:
     image_sizes.check_positions(config)
 
 
+def check_choices(config: Config, choices: dict[str, mixer_choice.Choice]) -> None:
+    """Raise UserError for mechanisms that have no use for a grid of patches."""
+    del config
+    mixer_choice.check_on_grid(choices, 2, extra_tokens=0)
+
+
 def resolve(given: dict) -> dict:
-    """Fill and check `config.model`: JSON in, JSON out. What `size` gives stays none,
-    so that another size can be laid over it."""
-    filled = schema.resolve(Config, given, path="config.model")
-    config = sized(schema.build(Config, filled, path="config.model"))
-    check(config)
-    names = schedule.expand(config.layers, config.num_layers)
-    filled["mixers"] = mixer_choice.resolve_mixers(names, filled["mixers"])
-    made = mixer_choice.choices(filled["mixers"])
-    mixer_choice.check_on_grid(made, 2, extra_tokens=0)
-    return filled
-
-
-def _xavier(inputs: int, outputs: int) -> float:
-    """The standard deviation of Xavier's uniform values (Glorot and Bengio, 2010)."""
-    return math.sqrt(2.0 / (inputs + outputs))
+    """Fill and check `config.model`; see `backbone.resolve`."""
+    return backbone.resolve(
+        Config, given, sized=sized, check=check, check_choices=check_choices
+    )
 
 
 class Ends(nnx.Module):
@@ -136,29 +118,14 @@ class Ends(nnx.Module):
 
     def __init__(self, model: "DiT", *, rngs: nnx.Rngs):
         c = model.config
-        dim, pixels = c.embed_dim, c.patch_size**2
+        dim = c.embed_dim
         stored = dict(dtype=model.dtype, param_dtype=dtype_of(c.param_dtype), rngs=rngs)
-        self.patches = nn.PatchEmbedding(
-            c.patch_size,
-            model.channels,
-            dim,
-            use_bias=c.use_bias,
-            std=_xavier(pixels * model.channels, dim),
-            **stored,
-        )
+        self.patches = denoiser.patch_embedding(model, **stored)
         self.time = nn.TimeEmbedding(dim, features=c.time_features, **stored)
         self.classes = nn.Embedding(model.num_labels, dim=dim, std=0.02, **stored)
-        self.final_norm = nn.make_norm(
-            c.norm,
-            dim,
-            eps=c.norm_eps,
-            learned=False,
-            param_dtype=dtype_of(c.param_dtype),
-            rngs=rngs,
-        )
+        self.final_norm = denoiser.final_norm(c, rngs=rngs)
         self.final_modulation = nn.Modulation(dim, 2, **stored)
-        outputs = pixels * model.out_channels
-        self.head = nn.Linear(dim, outputs, use_bias=c.use_bias, std=0.0, **stored)
+        self.head = denoiser.head(model, **stored)
 
 
 class DiT(backbone.Backbone):
@@ -222,7 +189,7 @@ class DiT(backbone.Backbone):
         self.grid = (image_size // c.patch_size,) * 2
         self.positions_grid = (c.positions_grid or self.grid[0],) * 2
         self.num_tokens = self.grid[0] * self.grid[1]
-        mixer_choice.check_on_grid(self.choices, 2, extra_tokens=0)
+        check_choices(c, self.choices)
         rope = c.rope if c.positions == "rope" else None
         self._build(
             max_len=self.num_tokens,
@@ -234,18 +201,13 @@ class DiT(backbone.Backbone):
 
     def _stds(self) -> tuple[float, float]:
         c = self.config
-        if c.init_std is not None:
-            return super()._stds()
-        # Query, key and value are one map of the released code.
-        return _xavier(c.embed_dim, 3 * c.embed_dim), _xavier(c.embed_dim, c.embed_dim)
+        own = c.init_std is None
+        return denoiser.attention_stds(c.embed_dim) if own else super()._stds()
 
-    def _block_dims(self):
-        c = self.config
+    def _block_dims(self) -> BlockDims:
         dims = dataclasses.replace(super()._block_dims(), modulated=True)
-        if c.init_std is not None:
-            return dims
-        std = _xavier(c.embed_dim, dims.mlp_dim)
-        return dataclasses.replace(dims, std=std, out_std=std)
+        own = self.config.init_std is None
+        return denoiser.with_xavier_mlp(dims) if own else dims
 
     def _make_ends(self, rngs: nnx.Rngs) -> Ends:
         return Ends(self, rngs=rngs)
@@ -269,12 +231,8 @@ class DiT(backbone.Backbone):
 
     def drop_labels(self, labels: jax.Array, prng_key: jax.Array) -> jax.Array:
         """Labels [B] of which a share of label_dropout is `null_label`."""
-        if self.null_label is None:
-            return labels
-        dropped = jax.random.bernoulli(
-            prng_key, self.config.label_dropout, labels.shape
-        )
-        return jnp.where(dropped, self.null_label, labels)
+        rate = self.config.label_dropout
+        return denoiser.dropped(labels, self.null_label, rate, prng_key)
 
     def condition(self, params: dict, times: jax.Array, labels: jax.Array) -> jax.Array:
         """[B, C] from times float [B] and labels int32 [B]."""
@@ -328,10 +286,7 @@ class DiT(backbone.Backbone):
         ctx = ctx.replace(condition=condition)
         x, out = self.run(params, buffers, self.embed(params, images), ctx)
         ends = self._merge(params)
-        shift, scale = ends.final_modulation(condition)
-        x = ends.head(nn.shifted(ctx.spread(ends.final_norm(x)), shift, scale))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.unpatchify(x, self.grid, self.config.patch_size), out
+        return denoiser.predicted(self, ends, x, condition, ctx), out
 
     # ---- counting
 

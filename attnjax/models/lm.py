@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnjax import nn
-from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.models import backbone, mixer_choice, prefix_tokens, schedule
+from attnjax.models import backbone, mixer_choice, prefix_tokens
 from attnjax.models.backbone import compute_dtype, frozen, mlp_width
 from attnjax.models.stack import StackOut
 
@@ -75,12 +74,7 @@ def check(config: Config) -> None:
 
 def resolve(given: dict) -> dict:
     """Fill and check `config.model`: JSON in, JSON out."""
-    filled = schema.resolve(Config, given, path="config.model")
-    config = schema.build(Config, filled, path="config.model")
-    check(config)
-    names = schedule.expand(config.layers, config.num_layers)
-    filled["mixers"] = mixer_choice.resolve_mixers(names, filled["mixers"])
-    return filled
+    return backbone.resolve(Config, given, check=check)
 
 
 def _vocab_size(config: Config, tokens: int) -> int:

@@ -9,7 +9,6 @@ the text's pooled vector reach the layers as one vector, `Context.condition`.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -19,18 +18,18 @@ import numpy as np
 from flax import nnx
 
 from attnjax import nn
-from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
 from attnjax.mixers.slots import joint
 from attnjax.models import (
     backbone,
+    denoiser,
     image_sizes,
     mixer_choice,
-    schedule,
     text_encoder,
 )
+from attnjax.models.block import BlockDims
 from attnjax.models.joint_block import JointBlock
 from attnjax.models.layout import Layout
 from attnjax.models.stack import Stack, StackOut
@@ -83,20 +82,11 @@ class Config(backbone.Config):
 
 def check(config: Config) -> None:
     """Raise UserError where settings do not fit one another."""
-    backbone.check(config)
-    backbone.check_ranges(
+    denoiser.check(
         config,
-        ("patch_size", "at least 1", lambda v: v >= 1),
-        ("positions_grid", "at least 1", lambda v: v >= 1),
         ("positions_step", "positive", lambda v: v > 0),
         ("caption_dropout", "in [0, 1)", lambda v: 0 <= v < 1),
-        ("time_features", "even, and at least 2", lambda v: v >= 2 and v % 2 == 0),
     )
-    if config.init_std is None and config.scale_out_init:
-        raise UserError(
-            "config.model.scale_out_init: divides init_std; got scale_out_init=true, "
-            "init_std=none. Set config.model.init_std, e.g. to 0.02."
-        )
     if config.zero_centered_norm and not config.qk_norm:
         raise UserError(
             "config.model.zero_centered_norm: the norms of an mmdit have no scales "
@@ -111,27 +101,17 @@ def check(config: Config) -> None:
         )
 
 
-def check_choices(choices: dict[str, mixer_choice.Choice]) -> None:
+def check_choices(config: Config, choices: dict[str, mixer_choice.Choice]) -> None:
     """Raise UserError for mechanisms that two streams cannot share."""
+    del config
     mixer_choice.check_on_grid(choices, 2, extra_tokens=0)
     for choice in choices.values():
         joint.check(choice)
 
 
 def resolve(given: dict) -> dict:
-    """Fill and check `config.model`: JSON in, JSON out."""
-    filled = schema.resolve(Config, given, path="config.model")
-    config = schema.build(Config, filled, path="config.model")
-    check(config)
-    names = schedule.expand(config.layers, config.num_layers)
-    filled["mixers"] = mixer_choice.resolve_mixers(names, filled["mixers"])
-    check_choices(mixer_choice.choices(filled["mixers"]))
-    return filled
-
-
-def _xavier(inputs: int, outputs: int) -> float:
-    """The standard deviation of Xavier's uniform values (Glorot and Bengio, 2010)."""
-    return math.sqrt(2.0 / (inputs + outputs))
+    """Fill and check `config.model`; see `backbone.resolve`."""
+    return backbone.resolve(Config, given, check=check, check_choices=check_choices)
 
 
 class PooledEmbedding(nnx.Module):
@@ -151,7 +131,7 @@ class Ends(nnx.Module):
 
     def __init__(self, model: "MMDiT", *, rngs: nnx.Rngs):
         c = model.config
-        dim, pixels, width = c.embed_dim, c.patch_size**2, c.text.embed_dim
+        dim, width = c.embed_dim, c.text.embed_dim
         stored = dict(dtype=model.dtype, param_dtype=dtype_of(c.param_dtype), rngs=rngs)
         self.text_encoder = text_encoder.TextEncoder(
             c.text,
@@ -162,29 +142,14 @@ class Ends(nnx.Module):
             rngs=rngs,
         )
         self.context = nn.Linear(
-            width, dim, use_bias=True, std=_xavier(width, dim), **stored
+            width, dim, use_bias=True, std=denoiser.xavier(width, dim), **stored
         )
         self.pooled = PooledEmbedding(width, dim, std=0.02, **stored)
-        self.patches = nn.PatchEmbedding(
-            c.patch_size,
-            model.channels,
-            dim,
-            use_bias=c.use_bias,
-            std=_xavier(pixels * model.channels, dim),
-            **stored,
-        )
+        self.patches = denoiser.patch_embedding(model, **stored)
         self.time = nn.TimeEmbedding(dim, features=c.time_features, **stored)
-        self.final_norm = nn.make_norm(
-            c.norm,
-            dim,
-            eps=c.norm_eps,
-            learned=False,
-            param_dtype=dtype_of(c.param_dtype),
-            rngs=rngs,
-        )
+        self.final_norm = denoiser.final_norm(c, rngs=rngs)
         self.final_modulation = nn.Modulation(dim, 2, **stored)
-        outputs = pixels * model.out_channels
-        self.head = nn.Linear(dim, outputs, use_bias=c.use_bias, std=0.0, **stored)
+        self.head = denoiser.head(model, **stored)
 
 
 class MMDiT(backbone.Backbone):
@@ -237,7 +202,7 @@ class MMDiT(backbone.Backbone):
         )
         super().__init__(config, platform=platform, like=like)
         c = self.config
-        check_choices(self.choices)
+        check_choices(c, self.choices)
         self.image_size, self.channels = image_size, channels
         self.out_channels = out_channels
         self.grid = (image_size // c.patch_size,) * 2
@@ -297,18 +262,13 @@ class MMDiT(backbone.Backbone):
 
     def _stds(self) -> tuple[float, float]:
         c = self.config
-        if c.init_std is not None:
-            return super()._stds()
-        # Query, key and value are one map of the released code.
-        return _xavier(c.embed_dim, 3 * c.embed_dim), _xavier(c.embed_dim, c.embed_dim)
+        own = c.init_std is None
+        return denoiser.attention_stds(c.embed_dim) if own else super()._stds()
 
-    def _block_dims(self):
-        c = self.config
+    def _block_dims(self) -> BlockDims:
         dims = dataclasses.replace(super()._block_dims(), modulated=True)
-        if c.init_std is not None:
-            return dims
-        std = _xavier(c.embed_dim, dims.mlp_dim)
-        return dataclasses.replace(dims, std=std, out_std=std)
+        own = self.config.init_std is None
+        return denoiser.with_xavier_mlp(dims) if own else dims
 
     def _make_ends(self, rngs: nnx.Rngs) -> Ends:
         return Ends(self, rngs=rngs)
@@ -333,13 +293,8 @@ class MMDiT(backbone.Backbone):
 
     def drop_labels(self, captions: jax.Array, prng_key: jax.Array) -> jax.Array:
         """Captions [B, M] of which a share of caption_dropout is `null_label`."""
-        if self.null_label is None:
-            return captions
-        dropped = jax.random.bernoulli(
-            prng_key, self.config.caption_dropout, captions.shape[:1]
-        )
-        nothing = jnp.asarray(self.null_label, captions.dtype)
-        return jnp.where(dropped[:, None], nothing, captions)
+        rate = self.config.caption_dropout
+        return denoiser.dropped(captions, self.null_label, rate, prng_key)
 
     def encode(
         self, params: dict, captions: jax.Array, *, rows=None
@@ -403,10 +358,7 @@ class MMDiT(backbone.Backbone):
         x = jnp.concatenate([ends.context(features), patches], axis=1)
         x, out = self.run(params, buffers, x, ctx)
         x = x[:, self.num_text :]
-        shift, scale = ends.final_modulation(condition)
-        x = ends.head(nn.shifted(ctx.spread(ends.final_norm(x)), shift, scale))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.unpatchify(x, self.grid, self.config.patch_size), out
+        return denoiser.predicted(self, ends, x, condition, ctx), out
 
     def predict(
         self,

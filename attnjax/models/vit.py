@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnjax import nn
-from attnjax.core import schema
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.models import backbone, image_sizes, mixer_choice, schedule
+from attnjax.models import backbone, image_sizes, mixer_choice
 from attnjax.models.stack import StackOut
 
 POOL_QUERIES = 32
@@ -174,17 +173,16 @@ def check(config: Config) -> None:
     image_sizes.check_positions(config)
 
 
+def check_choices(config: Config, choices: dict[str, mixer_choice.Choice]) -> None:
+    """Raise UserError for mechanisms that have no use for the model's tokens."""
+    mixer_choice.check_on_grid(choices, 2, extra_tokens=config.extra_tokens)
+
+
 def resolve(given: dict) -> dict:
-    """Fill and check `config.model`: JSON in, JSON out. What `size` gives stays none,
-    so that another size can be laid over it."""
-    filled = schema.resolve(Config, given, path="config.model")
-    config = sized(schema.build(Config, filled, path="config.model"))
-    check(config)
-    names = schedule.expand(config.layers, config.num_layers)
-    filled["mixers"] = mixer_choice.resolve_mixers(names, filled["mixers"])
-    made = mixer_choice.choices(filled["mixers"])
-    mixer_choice.check_on_grid(made, 2, extra_tokens=config.extra_tokens)
-    return filled
+    """Fill and check `config.model`; see `backbone.resolve`."""
+    return backbone.resolve(
+        Config, given, sized=sized, check=check, check_choices=check_choices
+    )
 
 
 class Ends(nnx.Module):
@@ -278,7 +276,7 @@ class ViT(backbone.Backbone):
         self.grid = (image_size // c.patch_size,) * 2
         self.positions_grid = (c.positions_grid or self.grid[0],) * 2
         self.num_tokens = c.extra_tokens + self.grid[0] * self.grid[1]
-        mixer_choice.check_on_grid(self.choices, 2, extra_tokens=c.extra_tokens)
+        check_choices(c, self.choices)
         rope = c.rope if c.positions == "rope" else None
         self._build(
             max_len=self.num_tokens,
