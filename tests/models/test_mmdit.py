@@ -201,6 +201,124 @@ def test_streams_of_equal_maps_are_one_layer_over_all_tokens():
         close(found[:, :M], x[:, :M] if is_last else wanted[:, :M], 1e-5)
 
 
+def written_out(arrays, x, condition):
+    """A layer [B, M + N, C] -> the same in float64, by loops over rows and heads."""
+    streams = [
+        jax.tree.map(lambda a: np.asarray(a, np.float64), arrays[name])
+        for name in ("text", "image")
+    ]
+    silu = condition / (1 + np.exp(-condition))
+    return np.stack([_row(streams, x[b], silu[b]) for b in range(len(x))])
+
+
+def _linear(own, x):
+    return x @ own["kernel"] + own["bias"]
+
+
+def _steered(x, shift, scale):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-6) * (1 + scale) + shift
+
+
+def _row(streams, x, silu):
+    parts = (x[:M], x[M:])
+    six = [np.split(_linear(own["modulation"]["linear"], silu), 6) for own in streams]
+    read = [_steered(p, *s[:2]) for p, s in zip(parts, six, strict=True)]
+    query, key, value = (
+        np.concatenate(
+            [_linear(o["mixer"][name], r) for o, r in zip(streams, read, strict=True)]
+        )
+        for name in ("query", "key", "value")
+    )
+    heads = []
+    for head in (slice(0, 8), slice(8, 16)):
+        weights = np.exp(query[:, head] @ key[:, head].T / np.sqrt(8))
+        heads.append(weights / weights.sum(1, keepdims=True) @ value[:, head])
+    heads = np.concatenate(heads, axis=1)
+    found = []
+    for own, part, s, y in zip(
+        streams, parts, six, (heads[:M], heads[M:]), strict=True
+    ):
+        part = part + s[2] * _linear(own["mixer"]["out"], y)
+        up = _linear(own["mlp"]["up"], _steered(part, *s[3:5]))
+        gelu = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        found.append(part + s[5] * _linear(own["mlp"]["down"], gelu))
+    return np.concatenate(found)
+
+
+def test_each_stream_goes_through_its_own_maps():
+    """As written out with them; with those of the other one it is something else, be it
+    a single map."""
+    model = make()
+
+    def make_mixer(*, rngs):
+        return model.choices["attention"].make(model.dims, rngs=rngs)
+
+    block = JointBlock(make_mixer, model.block_dims, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    graph, state = nnx.split(block)
+    state = jax.tree.map(
+        lambda a: jnp.asarray(0.3 * rng.normal(size=a.shape), a.dtype), state
+    )
+    x, condition = rng.normal(size=(B, M + N, 16)), rng.normal(size=(B, 16))
+    positions = jnp.broadcast_to(jnp.arange(M + N), (B, M + N))
+    ctx = Context(positions=positions, causal=False, extra_tokens=M)
+    ctx = ctx.replace(condition=jnp.asarray(condition, jnp.float32))
+    run = jax.jit(lambda x: nnx.merge(graph, state)(x, {}, ctx)[0])
+    found = np.asarray(run(jnp.asarray(x, jnp.float32)))
+    own = nnx.to_pure_dict(state)
+    wanted = written_out(own, x, condition)
+    close(found, wanted, 1e-5)
+    size = np.abs(wanted).max()
+    paths = [path_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(own["text"])]
+    for path in paths:
+        other = jax.tree.map(lambda a: a, own)
+        text, image = other["text"], other["image"]
+        for name in path[:-1]:
+            text, image = text[name], image[name]
+        last = path[-1]
+        text[last], image[last] = image[last], text[last]
+        swapped = written_out(other, x, condition)
+        assert np.abs(swapped - found).max() > 1e-3 * size, path
+
+
+def test_every_array_of_both_streams_learns_but_what_asks_for_the_last_text():
+    """Nothing reads what the last text's queries find."""
+    model = make(num_layers=3, qk_norm=True)
+    params, buffers = start(model)
+
+    @jax.jit
+    def slopes(params):
+        def loss(params):
+            ctx = model.context(batch=B)
+            return jnp.sum(model.predict(params, buffers, *inputs(), ctx)[0] ** 2)
+
+        return jax.grad(loss)(params)
+
+    found, still = slopes(params), set()
+    layers = found["layers"]
+    assert {len(a) for a in jax.tree.leaves(layers["group_0"])} == {2}
+    for key_path, slope in jax.tree_util.tree_leaves_with_path(layers):
+        sizes = np.abs(slope).reshape(len(slope), -1).max(axis=1)
+        if not np.all(sizes > 0):
+            assert not np.any(sizes)
+            still.add("/".join(path_of(key_path)))
+    last = "group_1/sub_0/text/mixer"
+    assert still == {
+        f"{last}/query/kernel",
+        f"{last}/query/bias",
+        f"{last}/query_norm/scale",
+    }
+    ends = {name: found[name] for name in found if name != "layers"}
+    for key_path, slope in jax.tree_util.tree_leaves_with_path(ends):
+        path = path_of(key_path)
+        if path[0] == "text_encoder" and path[-2:] == ("key", "bias"):
+            # What all keys of a row share is nothing to a softmax.
+            assert np.abs(slope).max() < 1e-4 * np.abs(ends["head"]["bias"]).max()
+        else:
+            assert np.any(slope), path
+
+
 def test_scanned_layers_are_the_unrolled_ones():
     found = []
     for options in ({}, {"unroll": "all", "remat": "none"}):
