@@ -6,7 +6,7 @@ import math
 import pytest
 
 from attnjax.core.errors import UserError
-from attnjax.studies import collect, ledger, sweep_file, worker
+from attnjax.studies import collect, evaluations, ledger, sweep_file, worker
 from attnjax.studies.evaluations import Evaluation
 
 BODY = """
@@ -84,6 +84,40 @@ def test_a_damaged_result_is_named(study_of):
     (run / "evaluations.json").write_text(json.dumps({"longer": 3}))
     with pytest.raises(UserError, match=r"evaluations.json' is damaged. Delete it"):
         collect.collect(study.workdir)
+
+
+def test_a_result_is_of_all_that_was_asked_and_of_the_run(tmp_path):
+    """Another name is the same result; anything else is another one."""
+    run = tmp_path / "points" / "abc"
+    for folder in (run, tmp_path / "configs"):
+        folder.mkdir(parents=True)
+    asked = dict(judge="def", samples={"per_class": 3}, overrides={"data.seed": 1})
+    first = Evaluation("one", **asked)
+
+    def learned(steps):
+        config = {"train": {"steps": steps}}
+        (run / "config.json").write_text(json.dumps(config))
+
+    def missing(*wanted):
+        evaluations.write_wanted(tmp_path, "abc", wanted)
+        return [one.name for one in evaluations.missing(run)]
+
+    learned(3)
+    assert missing(first) == ["one"] and evaluations.judges(run) == ["def"]
+    result = {"asked": evaluations._identity(first.to_json(), run), "row": {}}
+    (run / "evaluations.json").write_text(json.dumps({"one": result}))
+    assert missing(first) == [] == evaluations.judges(run)
+    for change in (
+        {"judge": "ghi"},
+        {"samples": {"per_class": 4}},
+        {"overrides": {"data.seed": 2}},
+        {"keep_layers": (0,)},
+    ):
+        assert missing(Evaluation("one", **asked | change)) == ["one"], change
+    assert missing(first, Evaluation("two", **asked)) == ["two"]
+    assert missing() == []
+    learned(4)
+    assert missing(first) == ["one"]
 
 
 @pytest.mark.parametrize("name", ["eval", "train", "two words", ""])

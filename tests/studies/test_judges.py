@@ -2,11 +2,15 @@
 
 import contextlib
 import math
+import types
 
 import pytest
 
+from attnjax.analysis import sample_quality
 from attnjax.core.errors import UserError
-from attnjax.studies import collect, ledger, sweep_file, worker
+from attnjax.decoding import run as runs
+from attnjax.studies import collect, evaluations, ledger, sweep_file, worker
+from attnjax.studies.evaluations import Evaluation
 
 IMAGES = '''
 def get_config():
@@ -20,16 +24,16 @@ def get_config():
     }}
 '''
 SWEEP = """
-JUDGE, SAMPLES = {judge}, {samples}
+JUDGE, SAMPLES, MORE = {judge}, {samples}, {more}
 def sweep():
     asked = Evaluation("samples", judge=JUDGE, samples=SAMPLES)
     return concat(
-        evaluated(point({judged!r}, {{"train.seed": 9}}, model="dit"), [asked]),
+        evaluated(point({judged!r}, {{"train.seed": 9}}, model="dit"), [asked, *MORE]),
         point("vit.py", model="vit"),
         point("vit.py", {{"train.seed": 1}}, model="other"),
         point("dit.py", {{"train.seed": 1}}, model="more"),
         point("vit.py", {{"data.image_size": 16}}, model="large"),
-
+        point("vit.py", {{"data.name": "glyphs"}}, model="letters"),
     )
 def table():
     return Table(rows=("seed",), columns=("model",), seed="x",
@@ -48,8 +52,10 @@ def load(sweep_of, tmp_path):
             )
         (tmp_path / f"{name}.py").write_text(source)
 
-    def make(judge=VIT, samples='{"per_class": 2, "steps": 2}', judged="dit.py"):
-        body = SWEEP.format(judge=judge, samples=samples, judged=judged)
+    def make(
+        judge=VIT, samples='{"per_class": 2, "steps": 2}', judged="dit.py", more=()
+    ):
+        body = SWEEP.format(judge=judge, samples=samples, judged=judged, more=more)
         body = body.replace("def table", "def _table")
         return sweep_file.load(sweep_of(body), tmp_path / "work")
 
@@ -71,6 +77,53 @@ def test_the_judge_is_trained_first_whoever_runs_the_denoiser(load, capsys):
     capsys.readouterr()
     assert worker.work(study.workdir, vit.hash) == 0
     assert "is done" in capsys.readouterr().out
+
+
+def test_evaluations_without_a_judge_stay_beside_those_with_one(load):
+    study = load(more='[Evaluation("same")]')
+    asked = study.points[0].evaluations
+    assert [one.name for one in asked] == ["samples", "same"]
+    assert [one.judge for one in asked] == [study.points[1].hash, None]
+
+
+def test_a_signal_in_the_judges_training_is_the_end_of_the_point(load, monkeypatch):
+    study = load()
+    study.write()
+    dit, vit = study.points[:2]
+    trained, evaluated = {study.run_directory(dit)}, []
+    monkeypatch.setattr(ledger, "is_trained", lambda run: run in trained)
+    monkeypatch.setattr(worker.evaluations, "judges", lambda run: [vit.hash])
+    done = lambda run, signals: evaluated.append(run)  # noqa: E731
+    monkeypatch.setattr(worker.evaluations, "do_missing", done)
+    monkeypatch.setattr(worker, "_work", lambda *_: 75)
+    signals = types.SimpleNamespace(requested="SIGTERM")
+    assert worker.evaluate(study.run_directory(dit), signals) == 75
+    assert evaluated == []
+
+
+def test_samples_are_drawn_as_they_are_asked_for(monkeypatch, tmp_path):
+    loaded, found = [], {}
+
+    def load_run(path, *, owner):
+        loaded.append((path, owner))
+        return "judge"
+
+    def judged(denoiser, judge, **settings):
+        found.update(settings, runs=(denoiser, judge))
+        return {"named": 1.0}
+
+    monkeypatch.setattr(runs, "load_run", load_run)
+    monkeypatch.setattr(runs, "require_denoiser", lambda run: run)
+    monkeypatch.setattr(sample_quality, "judged", judged)
+    asked = Evaluation("samples", judge="abc", samples={"steps": 7, "guidance": 2.0})
+    evaluations._judged(tmp_path / "own", "denoiser", asked)
+    assert loaded == [(tmp_path / "abc", "judge")]
+    assert found == {
+        "per_class": 100,
+        "steps": 7,
+        "guidance": 2.0,
+        "runs": ("denoiser", "judge"),
+    }
 
 
 def test_a_judge_that_fails_is_named(load, monkeypatch):
@@ -127,9 +180,10 @@ def test_a_judge_that_others_train_is_awaited(load, monkeypatch):
             {"judge": '{"model": "vitt"}'},
             "labels of one point; got model=vitt, which 0",
         ),
-        ({"judge": "{}"}, "which 5 points have"),
+        ({"judge": "{}"}, "which 6 points have"),
         ({"judge": '{"model": "more"}'}, "must be a classifier of images; got .*=dit"),
         ({"judge": '{"model": "large"}'}, "data.image_size=16, the samples' is 8"),
+        ({"judge": '{"model": "letters"}'}, "data.name=glyphs, the samples' is digits"),
         ({"judged": "vit.py"}, "looks at the samples of a denoiser; got .*=vit"),
         ({"samples": '{"per_class": 1}'}, "per_class must be at least 2; got 1"),
         ({"samples": '{"step": 3}'}, "unknown setting 'step'. Did you mean steps"),

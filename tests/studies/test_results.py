@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from attnjax.core.errors import UserError
 from attnjax.studies import cells, formats, plots, results
 from attnjax.studies.collect import collect
-from attnjax.studies.table import Table
+from attnjax.studies.table import PaperValue, Table
 from attnjax.studies.values import metrics_of
 from attnjax.training.feeds.text import DECODE_STATE
 
@@ -119,6 +119,32 @@ def test_columns_show_the_metrics_that_their_runs_have(runs):
         for one in formats.records(found, timing=False)
     ]
     assert listed == [(c[0], m) for _ in MIXERS for c, m in found.places]
+
+
+def test_a_papers_figure_is_a_number_and_what_has_not_run_may_have_all(runs):
+    small, large = ((size,) for size in SIZES)
+    metrics = ("eval/loss", "eval/accuracy")
+    labels = {"layers": "attention", "embed_dim": SIZES[0]}
+    figure = PaperValue(labels, "eval/accuracy", 0.5, "Table 1")
+
+    def places(paper, rows_of_small):
+        table = Table(
+            rows=("layers",), columns=("embed_dim",), metrics=metrics, paper=paper
+        )
+        given = [
+            dataclasses.replace(run, rows=rows_of_small(run))
+            if run.labels["embed_dim"] == SIZES[0]
+            else run
+            for run in runs
+        ]
+        return results.summarise(given, table).places
+
+    whole = [(column, metric) for column in (small, large) for metric in metrics]
+    assert (
+        places((figure,), lambda run: [_without(r, "accuracy") for r in run.rows])
+        == whole
+    )
+    assert places((), lambda run: []) == whole
 
 
 def test_runs_that_are_left_out_are_in_no_row(runs):

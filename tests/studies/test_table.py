@@ -163,6 +163,7 @@ def test_direction_is_known_by_name_or_declared():
     assert not more_is_better("eval/loss")
     assert more_is_better("eval/accuracy")
     assert more_is_better("eval/token_accuracy")
+    assert more_is_better("samples/named") and not more_is_better("samples/frechet")
     assert not more_is_better("eval/accumulated")
     assert more_is_better("eval/depth", ("eval/depth",))
 
