@@ -1,5 +1,7 @@
 """How good samples are, by the features of a classifier."""
 
+import types
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -133,7 +135,54 @@ def test_every_part_of_the_samples_has_noise_of_its_own(monkeypatch):
             shown.append((len(images), labels)) or {}
         ),
     )
-    for seed in (0, 1):
+    for seed in (0, 3):  # The second part of one begins where the other does.
         sample_quality.judged(Denoiser(), None, per_class=4, seed=seed)
     assert len(seeds) == len(set(seeds)) == 6
     assert shown[0][0] == 8 and shown[0][1].tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_judge_sees_samples_normalised_as_its_own_images(monkeypatch):
+    def run(mean, std):
+        data = {"name": "digits", "mean": [mean], "std": [std]}
+        return types.SimpleNamespace(
+            config={"data": data}, model=None, params=None, buffers=None
+        )
+
+    judge = object.__new__(sample_quality.Judge)
+    object.__setattr__(judge, "classifier", run(0.4, 0.25))
+    object.__setattr__(judge, "denoiser", run(0.2, 0.5))
+
+    def looks(model, params, buffers, part):
+        logits = np.asarray([[0.0, np.log(3.0)]] * len(part))
+        return np.asarray(part).reshape(len(part), -1), logits
+
+    monkeypatch.setattr(sample_quality, "_looks", looks)
+    monkeypatch.setattr(sample_quality, "AT_ONCE", 2)
+    drawn = np.asarray([-1.0, 0.0, 2.0]).reshape(3, 1, 1, 1)
+    features, named = judge.look(drawn)
+    pixels = np.asarray([-0.3, 0.2, 1.2])
+    np.testing.assert_allclose(features[:, 0], (pixels - 0.4) / 0.25, rtol=1e-6)
+    np.testing.assert_array_equal(named, [1, 1, 1])
+    told = judge.log_probabilities(drawn, [0, 1, 1])
+    np.testing.assert_allclose(np.exp(told), [0.25, 0.75, 0.75], rtol=1e-6)
+
+
+def test_samples_are_compared_with_the_training_images(monkeypatch):
+    """Of the half-far samples above: precision is not recall."""
+    line = np.arange(10.0)[:, None]
+    made = np.concatenate([line[:5], line[:5] + 1000.0])
+    held_out = line + 3.0
+    monkeypatch.setattr(sample_quality, "_all", lambda split: split)
+    corpus = types.SimpleNamespace(train=line, eval=held_out)
+    judge = types.SimpleNamespace(
+        denoiser=types.SimpleNamespace(feed=types.SimpleNamespace(corpus=corpus)),
+        look=lambda images: (images, (images[:, 0] > 100).astype(int)),
+    )
+    labels = np.asarray([0] * 4 + [1] * 6)
+    found = sample_quality.judged_samples(judge, made, labels)
+    precision, recall = precision_recall(line, made)
+    assert precision != recall
+    assert (found["precision"], found["recall"]) == (precision, recall)
+    assert (found["samples"], found["named"]) == (10, 0.9)
+    assert found["frechet"] == pytest.approx(frechet_distance(made, line))
+    assert found["frechet_held_out"] == pytest.approx(9.0)
