@@ -55,6 +55,25 @@ class Decode:
     reason: str = ""
 
 
+# Of a mechanism that sees a whole grid of 1 to 3 axes at once, and tokens in front.
+ON_GRID = Capabilities(
+    causal=False,
+    bidirectional=True,
+    decode=False,
+    grid=(1, 2, 3),
+    needs_grid=True,
+    extra_tokens=True,
+    segments=False,
+)
+SEES_BOTH_WAYS = Decode(exact=False, reason="sees both ways")
+
+
+def no_state(config: Any, dims: "MixerDims", max_len: int) -> int:
+    """The state size of a mechanism that does not decode."""
+    del config, dims, max_len
+    return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class MixerSpec:
     """The catalog entry of a mechanism.

@@ -23,7 +23,7 @@ from flax import nnx
 from attnjax import nn
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
-from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
+from attnjax.core.spec import ON_GRID, SEES_BOTH_WAYS, MixerDims, MixerSpec, no_state
 from attnjax.mixers import attention
 from attnjax.mixers.slots import sizes, windowed
 from attnjax.mixers.slots import windows as cuts
@@ -276,18 +276,10 @@ SPEC = MixerSpec(
     paper="DaViT: Dual Attention Vision Transformers",
     source="arXiv 2204.03645",
     forms=("spatial_channel", "channel_spatial", "parallel", "spatial", "channel"),
-    capabilities=Capabilities(
-        causal=False,
-        bidirectional=True,
-        decode=False,
-        grid=(1, 2, 3),
-        needs_grid=True,
-        extra_tokens=True,
-        segments=False,
-    ),
-    decode=Decode(exact=False, reason="sees both ways"),
+    capabilities=ON_GRID,
+    decode=SEES_BOTH_WAYS,
     parameter_count=_parameter_count,
-    state_size=lambda config, dims, max_len: 0,
+    state_size=no_state,
     flops=_flops,
     lacks=_lacks,
     limits=(

@@ -29,7 +29,7 @@ from attnjax import kernels, nn
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
+from attnjax.core.spec import ON_GRID, SEES_BOTH_WAYS, MixerDims, MixerSpec, no_state
 from attnjax.mixers import attention
 from attnjax.mixers.slots import sizes, windowed
 from attnjax.mixers.slots import windows as cuts
@@ -289,18 +289,10 @@ SPEC = MixerSpec(
     paper="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
     source="arXiv 2103.12731",
     forms=("parallel",),
-    capabilities=Capabilities(
-        causal=False,
-        bidirectional=True,
-        decode=False,
-        grid=(1, 2, 3),
-        needs_grid=True,
-        extra_tokens=True,
-        segments=False,
-    ),
-    decode=Decode(exact=False, reason="sees both ways"),
+    capabilities=ON_GRID,
+    decode=SEES_BOTH_WAYS,
     parameter_count=_parameter_count,
-    state_size=lambda config, dims, max_len: 0,
+    state_size=no_state,
     flops=_flops,
     limits=(
         "Blocks must divide the grid.",

@@ -31,7 +31,7 @@ from attnjax import kernels, nn
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
-from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
+from attnjax.core.spec import ON_GRID, SEES_BOTH_WAYS, MixerDims, MixerSpec, no_state
 from attnjax.mixers import attention
 from attnjax.mixers.slots import options, sizes, windowed
 from attnjax.mixers.slots import windows as cuts
@@ -353,12 +353,12 @@ class Mixer(attention.Mixer):
     def init_state(self, batch: int, max_len: int, memory=None):
         """Refused: all tokens are there at once."""
         del batch, max_len, memory
-        raise windowed.no_decode_form(SPEC, self.dims)
+        raise windowed.no_decode_form(SPEC.name, self.dims)
 
     def step(self, x: jax.Array, state, ctx: Context):
         """Refused as well."""
         del x, state, ctx
-        raise windowed.no_decode_form(SPEC, self.dims)
+        raise windowed.no_decode_form(SPEC.name, self.dims)
 
 
 def layer_config(config: Config) -> attention.Config:
@@ -409,18 +409,10 @@ SPEC = MixerSpec(
     "Vision Transformers",
     source="arXiv 2303.13755",
     forms=("masked", "reconstruct"),
-    capabilities=Capabilities(
-        causal=False,
-        bidirectional=True,
-        decode=False,
-        grid=(1, 2, 3),
-        needs_grid=True,
-        extra_tokens=True,
-        segments=False,
-    ),
-    decode=Decode(exact=False, reason="sees both ways"),
+    capabilities=ON_GRID,
+    decode=SEES_BOTH_WAYS,
     parameter_count=_parameter_count,
-    state_size=lambda config, dims, max_len: 0,
+    state_size=no_state,
     flops=_flops,
     limits=(
         "P and R belong to a fixed number of tokens: images of another size need a "

@@ -28,7 +28,7 @@ from flax import nnx
 from attnjax import kernels, nn
 from attnjax.core.context import Context
 from attnjax.core.dtypes import dtype_of
-from attnjax.core.spec import Capabilities, Decode, MixerDims, MixerSpec
+from attnjax.core.spec import ON_GRID, SEES_BOTH_WAYS, MixerDims, MixerSpec, no_state
 from attnjax.mixers import attention
 from attnjax.mixers.slots import reach, sizes, windowed
 from attnjax.mixers.slots import windows as cuts
@@ -274,16 +274,6 @@ class Mixer(windowed.Windowed):
         del call
         return of_pairs(self.biases(), self.windows)[None]
 
-    def init_state(self, batch: int, max_len: int, memory=None):
-        """Refused: what a grid holds is seen at once."""
-        del batch, max_len, memory
-        raise windowed.no_decode_form(SPEC, self.dims)
-
-    def step(self, x: jax.Array, state, ctx: Context):
-        """Refused as well."""
-        del x, state, ctx
-        raise windowed.no_decode_form(SPEC, self.dims)
-
 
 def layer_config(config: Config) -> attention.Config:
     """The layer of `attention` that the windows are laid over."""
@@ -327,18 +317,10 @@ SPEC = MixerSpec(
     paper="Swin Transformer V2: Scaling Up Capacity and Resolution",
     source="arXiv 2111.09883",
     forms=("windows", "shifted"),
-    capabilities=Capabilities(
-        causal=False,
-        bidirectional=True,
-        decode=False,
-        grid=(1, 2, 3),
-        needs_grid=True,
-        extra_tokens=True,
-        segments=False,
-    ),
-    decode=Decode(exact=False, reason="sees both ways"),
+    capabilities=ON_GRID,
+    decode=SEES_BOTH_WAYS,
     parameter_count=_parameter_count,
-    state_size=lambda config, dims, max_len: 0,
+    state_size=no_state,
     flops=_flops,
     limits=(
         "Windows must divide the grid; nothing is padded.",

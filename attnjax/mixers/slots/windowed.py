@@ -43,7 +43,7 @@ class Windowed(attention.Mixer):
         rngs: nnx.Rngs,
     ):
         super().__init__(config, dims, rngs=rngs)
-        self.windows = windows
+        self.windows, self.owner = windows, owner
         refuse_attend(self, owner)
 
     def known_hooks(self) -> tuple[str, ...]:
@@ -121,6 +121,16 @@ class Windowed(attention.Mixer):
         """What is seen inside the rows of `of_windows`, and its arrays."""
         del batch, extra
         return mask, {}
+
+    def init_state(self, batch: int, max_len: int, memory=None):
+        """Refused: what a grid holds is seen at once."""
+        del batch, max_len, memory
+        raise no_decode_form(self.owner, self.dims)
+
+    def step(self, x: jax.Array, state, ctx: Context):
+        """Refused as well."""
+        del x, state, ctx
+        raise no_decode_form(self.owner, self.dims)
 
     def of_windows(
         self, spec: kernels.AttentionSpec, call: Call
@@ -246,18 +256,18 @@ class Parts(nnx.Module):
     def init_state(self, batch: int, max_len: int, memory=None):
         """Refused: what a grid holds is seen at once."""
         del batch, max_len, memory
-        raise no_decode_form(self.own_spec, self.dims)
+        raise no_decode_form(self.own_spec.name, self.dims)
 
     def step(self, x: jax.Array, state, ctx: Context):
         """Refused as well."""
         del x, state, ctx
-        raise no_decode_form(self.own_spec, self.dims)
+        raise no_decode_form(self.own_spec.name, self.dims)
 
 
-def no_decode_form(spec: MixerSpec, dims: MixerDims) -> UserError:
+def no_decode_form(name: str, dims: MixerDims) -> UserError:
     """What `init_state` and `step` raise where there are none."""
     return UserError(
-        f"{spec.name}: has no decode form: it sees both ways; got grid={dims.grid}. "
+        f"{name}: has no decode form: it sees both ways; got grid={dims.grid}. "
         "Choose another mixer for this layer."
     )
 
