@@ -67,3 +67,37 @@ def test_steps_of_no_number_end():
 
     x, count = run(jnp.ones(2))
     assert np.isnan(x).all() and count == 31
+
+
+def test_the_next_step_follows_the_error_now_and_before():
+    def factor(ratio, before=1.0, rejected=False):
+        given = (jnp.float32(a) for a in (ratio, before))
+        return float(adaptive._factor(*given, jnp.asarray(rejected)))
+
+    np.testing.assert_allclose(factor(0.5), 0.9 * 0.5**-0.14, rtol=1e-6)
+    # An error that grew makes shorter steps than one that fell.
+    wanted = 0.9 * 0.5**-0.14 * 0.01**0.08
+    np.testing.assert_allclose(factor(0.5, 0.01), wanted, rtol=1e-6)
+    np.testing.assert_allclose(factor(32.0), 0.9 / 2, rtol=1e-6)
+    found = [factor(0.0), factor(0.1, rejected=True), factor(1e9), factor(np.nan)]
+    np.testing.assert_allclose(found, [10, 1, 0.2, 0.2], rtol=1e-6)
+
+
+def test_the_error_is_a_mean_over_all_entries():
+    """Beside entries that stand still the same one takes longer steps."""
+    counts = []
+    for still in (0, 63):
+        moves = np.arange(1 + still) == 0
+        _, count = jax.jit(
+            lambda start, moves=moves: adaptive.dopri5(
+                lambda x, t: jnp.where(moves, 5 * x * jnp.cos(9 * t), 0.0),
+                start,
+                first=0.0,
+                last=1.0,
+                atol=1e-6,
+                rtol=1e-5,
+                max_steps=100,
+            )
+        )(jnp.ones(1 + still))
+        counts.append(int(count))
+    assert counts[1] < 0.85 * counts[0]

@@ -164,6 +164,29 @@ def test_adaptive_steps_reach_the_closed_form_within_their_tolerance(path):
     assert 20 < counts[0] < counts[1] < 200 and counts[0] % 6 == 1
 
 
+def test_adaptive_steps_follow_the_absolute_tolerance_too():
+    counts = [
+        int(
+            jax.jit(
+                functools.partial(
+                    sample,
+                    exact(Flow()),
+                    Flow(),
+                    shape=(7, 1),
+                    sampler="dopri5",
+                    num_steps=40,
+                    start=START,
+                    rtol=1e-6,
+                    return_evaluations=True,
+                    **options,
+                )
+            )(prng_key=jax.random.key(0))[1]
+        )
+        for options in ({}, {"atol": 1e-2})
+    ]
+    assert counts[1] < counts[0] - 12
+
+
 def test_too_few_adaptive_steps_give_no_number():
     x = draw(Flow(), sampler="dopri5", num_steps=2, rows=7, start=START)
     assert np.isnan(x).all()

@@ -137,6 +137,15 @@ def test_mean_queries_and_temperatures_are_fused_and_written_out(
     np.testing.assert_allclose(y, y_open, atol=1e-5)
 
 
+def test_a_mean_of_a_memory_is_of_what_is_no_padding():
+    s = subject(attention, {"cross": True})
+    x, ctx = samples.sample(s, None)
+    ctx = samples.with_memory(s, ctx)
+    assert (ctx.memory_segment_ids == 0).any()
+    moved = [go(s, x, ctx, blend("uniform"), *more)[0] for more in ((), OPEN)]
+    np.testing.assert_allclose(*moved, atol=1e-5)
+
+
 def test_equal_queries_are_their_own_mean():
     s = subject(attention, {"positions": "none"})
     x, ctx = samples.sample(s, None)
