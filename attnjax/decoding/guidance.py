@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnjax.core.errors import UserError
 
-Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# What it is told, an array or a tree of arrays [B, ...], is its third argument.
+Network = Callable[[jax.Array, jax.Array, Any], jax.Array]
 EVERYWHERE = (0.0, 1.0)
 
 
@@ -54,8 +56,8 @@ def guided(
     denoise: Network,
     *,
     scale: float,
-    labels: jax.Array,
-    null_label: int | tuple[int, ...] | None,
+    labels: Any,
+    null_label: Any,
     channels: int | None = None,
     interval: tuple[float, float] = EVERYWHERE,
     level: Callable[[jax.Array], jax.Array] | None = None,
@@ -74,10 +76,10 @@ def guided(
     Args:
         denoise: (x [B, ..., channels], times [B], labels [B]) -> output.
         scale: >= 0; 0 is the prediction without a label, 1 that with it.
-        labels: int [B], or rows [B, M], of the rows that the returned function is
-            given.
-        null_label: the label (or row) of no label; None for a network that has none,
-            which takes no scale but 1.
+        labels: int [B], rows [B, M], or any tree of arrays [B, ...], of the rows that
+            the returned function is given.
+        null_label: the label (or row, or tree of rows, each alike for all) of no label;
+            None for a network that has none, which takes no scale but 1.
         channels: how many of the predicted channels, from the first, are guided; the
             others are the conditional half's. None: all. The authors of DiT guide 3
             of 4.
@@ -108,8 +110,7 @@ def guided(
         return lambda x, times: denoise(x, times, labels)
 
     def halves(x, times, inside):
-        nothing = jnp.asarray(null_label, labels.dtype)
-        both = jnp.concatenate([labels, jnp.broadcast_to(nothing, labels.shape)])
+        both = jax.tree.map(_with_row, labels, null_label)
         output = denoise(jnp.concatenate([x, x]), jnp.concatenate([times, times]), both)
         with_label, without = jnp.split(output, 2)
         return with_label, _where(inside, without, with_label)
@@ -145,6 +146,12 @@ def guided(
         return jnp.concatenate([result.astype(output.dtype), rest], axis=-1)
 
     return run
+
+
+def _with_row(rows: jax.Array, row) -> jax.Array:
+    """[B, ...] -> [2 B, ...]: the second half is `row`, B times."""
+    row = jnp.broadcast_to(jnp.asarray(row, rows.dtype), rows.shape)
+    return jnp.concatenate([rows, row])
 
 
 def _pushed(push: Push, labels, inside, x, times, output):

@@ -140,13 +140,14 @@ def _draw(
     are its "shares", "weight" and "decay"."""
     model, process = task.model, task.process
 
-    def denoise(x, times, labels, shares=None):
+    def denoise(x, times, told, shares=None):
         ctx = model.context(batch=len(x))
         if shares is not None:
             ctx = perturbation.context(ctx, shares)
         times = process.embedded(times)
-        return model.predict(params, buffers, x, times, labels, ctx)[0]
+        return model.denoise(params, buffers, x, times, told, ctx)[0]
 
+    told, nothing = _encoded(model, params, labels, settings.guidance)
     push = None
     if perturbation is not None:
         push = guidance.Push(
@@ -158,8 +159,8 @@ def _draw(
     guided = guidance.guided(
         denoise,
         scale=settings.guidance,
-        labels=labels,
-        null_label=model.null_label,
+        labels=told,
+        null_label=nothing,
         level=process.level,
         rescale=settings.rescale,
         push=push,
@@ -173,6 +174,16 @@ def _draw(
         return_evaluations=True,
         **dataclasses.asdict(settings.sampler_settings(process)),
     )
+
+
+def _encoded(model, params, labels, scale: float):
+    """What the model makes of labels, and of none where guidance asks for it: once for
+    all steps of a sampler."""
+    if scale == 1.0:
+        return model.encode(params, labels), None
+    nothing = jnp.asarray(model.null_label, labels.dtype)
+    rows = model.encode(params, jnp.concatenate([labels, nothing[None]]))
+    return jax.tree.map(lambda a: a[:-1], rows), jax.tree.map(lambda a: a[-1:], rows)
 
 
 def pixels(images: np.ndarray, data: Any) -> np.ndarray:

@@ -234,10 +234,14 @@ class DiT(backbone.Backbone):
         rate = self.config.label_dropout
         return denoiser.dropped(labels, self.null_label, rate, prng_key)
 
-    def condition(self, params: dict, times: jax.Array, labels: jax.Array) -> jax.Array:
-        """[B, C] from times float [B] and labels int32 [B]."""
-        ends = self._merge(params)
-        return ends.time(times) + ends.classes(labels)
+    def encode(self, params: dict, labels: jax.Array, *, rows=None) -> jax.Array:
+        """What the network is told of classes: [B, C] from labels int32 [B]."""
+        del rows
+        return self._merge(params).classes(labels)
+
+    def condition(self, params: dict, times: jax.Array, told: jax.Array) -> jax.Array:
+        """[B, C] from times float [B], and classes as from `encode`."""
+        return self._merge(params).time(times) + told
 
     def embed(self, params: dict, images: jax.Array) -> jax.Array:
         """Images [B, H, W, Ch] -> tokens [B, T, C] with added positions.
@@ -260,6 +264,23 @@ class DiT(backbone.Backbone):
     def _stream(self, params, start, length: int) -> jax.Array:
         return image_sizes.stream(self, start, length)
 
+    def denoise(
+        self,
+        params: dict,
+        buffers: dict,
+        images: jax.Array,
+        times: jax.Array,
+        told: jax.Array,
+        ctx: Context,
+    ) -> tuple[jax.Array, StackOut]:
+        """`predict` with classes as from `encode`: samplers encode them once."""
+        image_sizes.check_whole_rows(ctx)
+        condition = self.condition(params, times, told)
+        ctx = ctx.replace(condition=condition)
+        x, out = self.run(params, buffers, self.embed(params, images), ctx)
+        ends = self._merge(params)
+        return denoiser.predicted(self, ends, x, condition, ctx), out
+
     def predict(
         self,
         params: dict,
@@ -281,12 +302,8 @@ class DiT(backbone.Backbone):
         Returns:
             float32 (or wider) [B, H, W, out_channels].
         """
-        image_sizes.check_whole_rows(ctx)
-        condition = self.condition(params, times, labels)
-        ctx = ctx.replace(condition=condition)
-        x, out = self.run(params, buffers, self.embed(params, images), ctx)
-        ends = self._merge(params)
-        return denoiser.predicted(self, ends, x, condition, ctx), out
+        told = self.encode(params, labels, rows=ctx.rows)
+        return self.denoise(params, buffers, images, times, told, ctx)
 
     # ---- counting
 

@@ -339,7 +339,7 @@ class MMDiT(backbone.Backbone):
         text: tuple[jax.Array, jax.Array, jax.Array | None],
         ctx: Context,
     ) -> tuple[jax.Array, StackOut]:
-        """`predict` with the text as an encoder gives it.
+        """`predict` with the text as an encoder gives it: samplers encode it once.
 
         Args:
             text: features [B, M, W], a pooled vector [B, W], and which tokens are no

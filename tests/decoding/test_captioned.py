@@ -1,17 +1,22 @@
 """A run that reads captions, opened: what it draws, from the front door too."""
 
+import dataclasses
 import json
 import types
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from attnjax import generate
 from attnjax.core.errors import UserError
-from attnjax.decoding import pictures
+from attnjax.decoding import denoising, guidance, pictures
 from attnjax.decoding import run as runs
+from attnjax.models import text_encoder
+from attnjax.tasks.denoising import perturbing
 from attnjax.training import experiment
 from attnjax.training.settings import DrawConfig
 
@@ -52,6 +57,57 @@ def test_classes_are_drawn_as_their_captions(run):
     other = run.draw_prompts(["a zero", "a two"], **HOW)
     np.testing.assert_array_equal(other[0], images[0])
     assert np.any(other[1] != images[1])
+
+
+def test_a_draw_encodes_its_captions_once(run, monkeypatch):
+    """Whatever its steps; the images are those of encoding at every step."""
+    how = {"steps": 3, "sampler": "heun", "guidance": 2.0}
+    how |= {"perturb_scale": 0.5, "perturb_interval": (0.2, 0.9)}
+    settings = DrawConfig(**how)
+    texts = ("a zero", "an eight")
+    told = jnp.asarray(run.prompts(texts))
+    task = dataclasses.replace(run).task
+    encode, times = text_encoder.TextEncoder.__call__, []
+
+    def counted(self, captions, **more):
+        jax.debug.callback(lambda: times.append(len(captions)))
+        return encode(self, captions, **more)
+
+    monkeypatch.setattr(text_encoder.TextEncoder, "__call__", counted)
+    state = (task, run.params, run.buffers)
+    found = np.asarray(pictures.draw(*state, told, settings=settings)[0])
+    jax.effects_barrier()
+    assert times == [len(texts) + 1]
+    monkeypatch.undo()
+
+    model, process = task.model, task.process
+    moved, pairs = perturbing.choose(model, target="identity", heads="all")
+    shares = jnp.asarray(moved.shares(pairs, 1.0))
+
+    def network(x, times, captions, shares=None):
+        ctx = model.context(batch=len(x))
+        ctx = ctx if shares is None else moved.context(ctx, shares)
+        arrays = (run.params, run.buffers, x, process.embedded(times), captions)
+        return model.predict(*arrays, ctx)[0]
+
+    push = guidance.Push(partial(network, shares=shares), 0.5, (0.2, 0.9))
+    guided = guidance.guided(
+        network,
+        scale=2.0,
+        labels=told,
+        null_label=model.null_label,
+        level=process.level,
+        push=push,
+    )
+    wanted = denoising.sample(
+        guided,
+        process,
+        shape=found.shape,
+        prng_key=jax.random.key(0),
+        sampler="heun",
+        num_steps=3,
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_generate_draws_a_caption(run, monkeypatch, tmp_path):

@@ -159,7 +159,9 @@ def test_at_the_start_every_layer_passes_its_input_on():
     images, times, labels = inputs()
     x = model.embed(params, images)
     ctx = model.context(batch=B)
-    ctx = ctx.replace(condition=model.condition(params, times, labels))
+    ctx = ctx.replace(
+        condition=model.condition(params, times, model.encode(params, labels))
+    )
     np.testing.assert_array_equal(model.run(params, buffers, x, ctx)[0], x)
 
 
