@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from attnjax.core import config as configs
-from attnjax.training import experiment, loop
+from attnjax.models import text_encoder
+from attnjax.training import experiment, feeds, loop
 from attnjax.training.step import init_state, make_step
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "mmdit_quickstart.py"
@@ -41,3 +42,15 @@ def test_the_quickstart_takes_a_step():
     assert np.isfinite(row["loss"])
     tables = [s["params"]["text_encoder"]["token_embedding"] for s in (state, after)]
     assert np.any(tables[0]["table"] != tables[1]["table"])
+
+
+def test_a_label_is_told_as_the_caption_of_its_class():
+    given = configs.load_file(str(QUICKSTART))
+    given |= {"data": {"name": "digits"}}
+    feed = feeds.make(experiment.resolve(given))
+    (length,) = feed.told_shape
+    wanted = [
+        text_encoder.encode(text, length, owner="test")
+        for text in ("a seven", "a zero", "an eight")
+    ]
+    np.testing.assert_array_equal(feed.told(np.asarray([7, 0, 8])), wanted)
