@@ -17,7 +17,8 @@ class DrawFlags:
         perturb_scale: images: scale w of guidance by a pass with perturbed attention,
             added to what guidance gives (none: 0, without).
         perturb: images: what its attention is moved to: identity, uniform, largest,
-            mean_query, slerp, nlerp, log_linear or temperature (none: identity).
+            mean_query, slerp, nlerp, log_linear or temperature; with text in the row
+            also image_identity or image_gathered (none: identity).
         perturb_strength: images: how far, above 0 to 1, or the temperature (none: 1).
         perturb_heads: images: which heads: all, or layers with heads, as 2:0,1;3:all
             (none: all).

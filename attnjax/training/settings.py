@@ -94,8 +94,10 @@ class DrawConfig:
             w (f_c - f_pert) added to the prediction (0: none).
         perturb: what the weights of its heads are moved to: "identity" (every token
             sees itself), "uniform" (all alike), "largest" (the one it sees most),
-            "mean_query" (what the mean query sees); to the identity along a curve:
-            "slerp", "nlerp", "log_linear"; or "temperature".
+            "mean_query" (what the mean query sees); with text in the row, of patches
+            "image_identity" (sees the text and itself) and "image_gathered" (what it
+            gives to patches goes to itself); to the identity along a curve: "slerp",
+            "nlerp", "log_linear"; or "temperature".
         perturb_strength: how far, u in (0, 1]; the temperature, which 1 changes not.
         perturb_heads: which heads: "all", or layers with their heads from 0, as
             "2:0,1;3:all".

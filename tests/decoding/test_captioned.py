@@ -63,6 +63,7 @@ def test_a_draw_encodes_its_captions_once(run, monkeypatch):
     """Whatever its steps; the images are those of encoding at every step."""
     how = {"steps": 3, "sampler": "heun", "guidance": 2.0}
     how |= {"perturb_scale": 0.5, "perturb_interval": (0.2, 0.9)}
+    how |= {"perturb": "image_identity"}
     settings = DrawConfig(**how)
     texts = ("a zero", "an eight")
     told = jnp.asarray(run.prompts(texts))
@@ -81,7 +82,7 @@ def test_a_draw_encodes_its_captions_once(run, monkeypatch):
     monkeypatch.undo()
 
     model, process = task.model, task.process
-    moved, pairs = perturbing.choose(model, target="identity", heads="all")
+    moved, pairs = perturbing.choose(model, target="image_identity", heads="all")
     shares = jnp.asarray(moved.shares(pairs, 1.0))
 
     def network(x, times, captions, shares=None):

@@ -1,5 +1,7 @@
 """The multimodal diffusion transformer: what it computes, counts and refuses."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -354,6 +356,50 @@ def test_weights_of_a_layer_are_those_of_the_joint_row():
         assert not np.any(weights[0, :, M:, 3:M]) and np.all(weights[0, :, M:, :3])
         moved = call(params, 1.0)[layer]["weights"][1, 0]
         np.testing.assert_allclose(moved, np.eye(M + N), atol=1e-6)
+
+
+def test_patches_alone_are_moved_to_themselves():
+    """II-identity and its renormalised form: rows of the text stay, those of patches
+    keep all keys of the text."""
+    model = make(positions="rope", num_layers=1)
+    params, buffers = start(model)
+
+    @partial(jax.jit, static_argnums=0)
+    def call(hooks, shares):
+        ctx = model.context(batch=B)
+        ctx = ctx.replace(hooks=hooks, interventions={"own": shares})
+        found, out = model.predict(params, buffers, *inputs(), ctx)
+        return found, out.records
+
+    def blend(target):
+        return Hook("own", "weights", action=f"blend_{target}")
+
+    record = Hook("weights", "weights")
+    shares = np.float32([1.0, 0.3])
+    fused = call((blend("image_identity"),), shares)[0]
+    written = (blend("image_identity"), record)
+    base = np.asarray(call(written, 0 * shares)[1][0]["weights"], np.float64)
+    text, image, eye = base[:, :, M:, :M], base[:, :, M:, M:], np.eye(N)
+    own = image * eye
+    total = text.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+    targets = {
+        "image_identity": np.concatenate([text, own], -1) / total,
+        "image_gathered": np.concatenate(
+            [text, image.sum(-1, keepdims=True) * eye], -1
+        ),
+    }
+    u = shares[:, None, None].astype(np.float64)
+    for name, target in targets.items():
+        laid_open, records = call((blend(name), record), shares)
+        weights = records[0]["weights"]
+        np.testing.assert_allclose(weights[:, :, :M], base[:, :, :M], atol=1e-6)
+        wanted = (1 - u) * base[:, :, M:] + u * target
+        np.testing.assert_allclose(weights[:, :, M:], wanted, atol=2e-6)
+        np.testing.assert_allclose(weights[:, :, M:].sum(-1), 1, atol=1e-5)
+        if name == "image_identity":
+            close(fused, laid_open, 1e-5)
+    whole = call((blend("identity"), record), shares)[1][0]["weights"]
+    assert np.abs(whole[:, 0, :M] - base[:, 0, :M]).max() > 0.1
 
 
 def test_what_streams_cannot_share_belongs_to_one_of_them():

@@ -5,14 +5,20 @@
     largest     (1 - u) A + u P, P one-hot at the largest weight of a row
     mean_query  (1 - u) A + u P, P the weights of the mean of the queries of the tokens
                 that a query sees: of all, where nothing is masked
+    image_identity  (1 - u) A + u P, P of a place in the grid the weights over itself
+                and the tokens in front of the grid alone; of those tokens it is A
+    image_gathered  (1 - u) A + u P, P of a place in the grid A with all that it gives
+                to the grid at itself; of the tokens in front it is A
     slerp, nlerp, log_linear  curves from A (u = 0) to the identity (u = 1) in `curves`
     temperature  softmax(log(A)/tau); its number is tau, and 1 is A
 
-The first two and mean_query need no A, since A' V = (1 - u) A V + u P V, nor does a
-temperature, which divides scores (`fused_blends`).
+The first two, mean_query and image_identity need no A, since A' V = (1 - u) A V +
+u P V, nor does a temperature, which divides scores (`fused_blends`). The tokens in
+front of the grid, as the text of a joint row, are `Context.extra_tokens`.
 
 Source: u = 1, identity: Ahn et al. (perturbed-attention guidance), arXiv 2403.17377;
-mean query: Hong, arXiv 2408.00760; the others, and sets of heads: arXiv 2506.10978.
+mean query: Hong, arXiv 2408.00760; the others, and sets of heads: arXiv 2506.10978
+(its II-identity is image_identity, II-identity-renormalise image_gathered).
 """
 
 import dataclasses
@@ -28,6 +34,7 @@ from attnjax.mixers.slots import curves
 PREFIX = "blend_"
 IDENTITY, UNIFORM = "blend_identity", "blend_uniform"
 LARGEST, MEAN_QUERY = "blend_largest", "blend_mean_query"
+IMAGE_IDENTITY, IMAGE_GATHERED = "blend_image_identity", "blend_image_gathered"
 TEMPERATURE = "blend_temperature"
 CURVES = {
     "blend_slerp": curves.slerp,
@@ -35,10 +42,18 @@ CURVES = {
     "blend_log_linear": curves.log_linear,
     TEMPERATURE: curves.tempered,
 }
-ACTIONS = (IDENTITY, UNIFORM, LARGEST, MEAN_QUERY, *CURVES)
+OF_IMAGE = (IMAGE_IDENTITY, IMAGE_GATHERED)
+ACTIONS = (IDENTITY, UNIFORM, LARGEST, MEAN_QUERY, *OF_IMAGE, *CURVES)
 TARGETS = tuple(action.removeprefix(PREFIX) for action in ACTIONS)
 # The diagonal is that of tokens and their own keys.
-OF_OWN_KEYS = (IDENTITY, MEAN_QUERY, "blend_slerp", "blend_nlerp", "blend_log_linear")
+OF_OWN_KEYS = (
+    IDENTITY,
+    MEAN_QUERY,
+    *OF_IMAGE,
+    "blend_slerp",
+    "blend_nlerp",
+    "blend_log_linear",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +66,14 @@ class Rows:
             not shares of 1 (`curves`).
         smoothed: the weights [B, H, T, S] of queries that are means of all queries, by
             the weights of the means [B, H, T, T].
+        among: the weights of the same queries where they see, of what they see, only
+            the keys that a bool says, which broadcasts to the weights.
     """
 
     seen: jax.Array
     rest: jax.Array | None
     smoothed: Callable[[jax.Array], jax.Array]
+    among: Callable[[jax.Array], jax.Array]
 
 
 def neutral(action: str) -> float:
@@ -116,10 +134,46 @@ def of_weights(
         target = jnp.eye(weights.shape[-1], dtype=weights.dtype)
     elif hook.action == LARGEST:
         target = curves.largest(weights)
+    elif hook.action == IMAGE_IDENTITY:
+        place = jnp.arange(weights.shape[-1])
+        target = rows.among(AloneInImage(ctx.extra_tokens).at(place[:, None], place))
+    elif hook.action == IMAGE_GATHERED:
+        target = gathered(weights, ctx.extra_tokens)
     else:
         target = mean_over_seen(rows.seen, weights)
         target = target if hook.action == UNIFORM else rows.smoothed(target)
     return (1 - share) * weights + share * target
+
+
+@dataclasses.dataclass(frozen=True)
+class AloneInImage:
+    """Which keys are left where every place of the grid sees itself alone of them all.
+
+    Attributes:
+        extra_tokens: tokens in front of the grid; they see all, and all see them.
+    """
+
+    extra_tokens: int
+
+    def __call__(self, b, h, q, k):
+        """bool, as `kernels.MaskFn` asks for it."""
+        del b, h
+        return self.at(q, k)
+
+    def at(self, q, k):
+        """bool of indices of queries and keys that broadcast against one another."""
+        return (q == k) | (q < self.extra_tokens) | (k < self.extra_tokens)
+
+
+def gathered(weights: jax.Array, extra_tokens: int) -> jax.Array:
+    """Weights [B, H, T, T] with all that a place of the grid gives to the grid at
+    itself; what it gives to the extra tokens in front, and their own rows, stay."""
+    text, image = jnp.split(weights[:, :, extra_tokens:], [extra_tokens], axis=-1)
+    own = jnp.sum(image, axis=-1, keepdims=True) * jnp.eye(
+        image.shape[-1], dtype=weights.dtype
+    )
+    moved = jnp.concatenate([text, own], axis=-1)
+    return jnp.concatenate([weights[:, :, :extra_tokens], moved], axis=2)
 
 
 def mean_over_seen(seen: jax.Array, weights: jax.Array) -> jax.Array:
@@ -156,7 +210,7 @@ def check_own_keys(hook: Hook, queries: int, keys: int) -> None:
 
 def _check_rows(hook: Hook, rows: Rows | None) -> None:
     """Refuse what needs to know more of the rows."""
-    if hook.action in (IDENTITY, LARGEST):
+    if hook.action in (IDENTITY, LARGEST, IMAGE_GATHERED):
         return
     if rows is None:
         raise UserError(

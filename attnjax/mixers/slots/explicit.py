@@ -69,6 +69,7 @@ def attention(
         seen=scores > -jnp.inf,
         rest=rest,
         smoothed=lambda mean: weights_of(scores_of(tiles.mix(mean, q)))[0],
+        among=lambda left: weights_of(jnp.where(left, scores, -jnp.inf))[0],
     )
     weights = call.probe("weights", weights, head_axis=1, rows=rows)
     out = tiles.heads_first(tiles.mix(weights, v))

@@ -1,7 +1,8 @@
 """Heads moved by `blending` without their weights: exact, behind any kernel.
 
 (1 - u) A V + u P V has V itself for P V (identity), the mean of the values that are
-seen (uniform), or the attention of mean queries; a temperature divides scores.
+seen (uniform), the attention of mean queries, or attention behind another mask
+(image_identity); a temperature divides scores.
 """
 
 import dataclasses
@@ -15,7 +16,12 @@ from attnjax.core.context import Context, Hook
 from attnjax.mixers.slots import blending, curves
 
 FACTOR = "temperature_factor"
-LINEAR = (blending.IDENTITY, blending.UNIFORM, blending.MEAN_QUERY)
+LINEAR = (
+    blending.IDENTITY,
+    blending.UNIFORM,
+    blending.MEAN_QUERY,
+    blending.IMAGE_IDENTITY,
+)
 
 
 def fits(hooks: Sequence[Hook], spec: kernels.AttentionSpec) -> bool:
@@ -53,6 +59,10 @@ def attention(
             target = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
         elif hook.action == blending.UNIFORM:
             target = _mean(run, query, key, value, spec, operands)
+        elif hook.action == blending.IMAGE_IDENTITY:
+            alone = kernels.MaskFn(blending.AloneInImage(ctx.extra_tokens))
+            left = dataclasses.replace(spec, mask=spec.mask & alone, return_lse=False)
+            target = run(*qkv, left, operands)
         else:
             target = _of_mean_queries(run, qkv, spec, operands, ctx)
         heads = blending.of_heads(hook, ctx, heads, target)

@@ -24,6 +24,8 @@ Target = Literal[
     "uniform",
     "largest",
     "mean_query",
+    "image_identity",
+    "image_gathered",
     "slerp",
     "nlerp",
     "log_linear",
@@ -31,6 +33,8 @@ Target = Literal[
 ]
 TARGETS = get_args(Target)
 TEMPERATURE = "temperature"
+# Of rows with text in front of the image.
+OF_IMAGE = ("image_identity", "image_gathered")
 ALL = "all"
 
 
@@ -170,14 +174,20 @@ def choose(
     The layers are asked what they have by an abstract trace; nothing is computed.
 
     Args:
-        model: a `models.dit.DiT`.
+        model: a `models.dit.DiT` or `models.mmdit.MMDiT`.
         target: of `TARGETS`.
         heads: as `parse` reads it.
 
     Raises:
-        UserError: for a text of another form, layers or heads that are not there, and
-            mechanisms whose weights cannot be moved, by their names.
+        UserError: for a text of another form, layers or heads that are not there,
+            mechanisms whose weights cannot be moved, by their names, and a target of
+            rows with text of a model without.
     """
+    if target in OF_IMAGE and not model.context(batch=1).extra_tokens:
+        raise UserError(
+            f"perturb: {target} is for text and image in one row; got target={target}, "
+            f"config.model.name={model.config.name}. Use identity."
+        )
     try:
         chosen = parse(heads)
     except ValueError as error:

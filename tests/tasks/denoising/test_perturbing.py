@@ -126,13 +126,18 @@ def test_targets_are_those_of_the_hooks_and_the_rest_is_left_as_it_is():
         ({}, {"heads": "1:3"}, r"\{1: 3\} \(layer: heads\); got layer 1, head 3"),
         ({}, {"target": "slurp"}, "unknown target 'slurp'. Did you mean slerp"),
         (
+            {},
+            {"target": "image_identity"},
+            "text and image in one row; .*config.model.name=dit. Use identity",
+        ),
+        (
             {"layers": "linear_attention"},
             {"target": "uniform"},
             "needs a mechanism that tells which keys",
         ),
         ({"layers": "gaam"}, {}, r"layer 0 \(gaam\) has no weights of heads"),
     ],
-    ids=["layer", "head", "target", "mean without a mask", "no heads"],
+    ids=["layer", "head", "target", "no text", "mean without a mask", "no heads"],
 )
 def test_what_a_model_has_not_is_refused(options, choice, message):
     with pytest.raises(UserError, match=message):
