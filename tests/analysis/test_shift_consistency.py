@@ -38,6 +38,11 @@ def test_names_are_compared_with_the_unshifted_and_with_the_class():
     found = shift_consistency.summary(named, labels, drawn, every)
     assert (found["consistency"], found["unchanged"]) == (1.0, 1.0)
     assert found["worst_accuracy"] == pytest.approx(1 / 3)
+    # A name that only shifts put right is wrong.
+    put_right = np.array([[0], [1], [1]])
+    two = np.ones(2, bool)
+    found = shift_consistency.summary(put_right, np.array([1]), two, two)
+    assert found["worst_accuracy"] == 0.0
 
 
 class Corner:
@@ -58,7 +63,8 @@ class Corner:
 def of_corner(monkeypatch, images, labels, *, weight):
     """A run that names by the corner, on images that are given."""
     batch = {"image": images, "label": labels, "weight": weight}
-    feed = types.SimpleNamespace(eval_batches=lambda batch_size: iter([batch, batch]))
+    beyond = batch | {"label": 1 - labels}  # More than an evaluation reads.
+    feed = types.SimpleNamespace(eval_batches=lambda batch_size: iter([batch, beyond]))
     here = types.SimpleNamespace(
         model=Corner(),
         feed=feed,

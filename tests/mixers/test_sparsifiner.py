@@ -211,6 +211,18 @@ def test_a_one_hot_coefficient_gives_the_chosen_vector_of_the_basis():
         assert (up < 0).any() == (phase == "reconstruct")
 
 
+def test_the_estimate_of_a_narrow_model_is_wide():
+    """A rounded one would choose other keys."""
+    dims = MixerDims(20, H, H, D, grid=GRID, prefix_tokens=1, dtype="bfloat16")
+
+    def estimate(x):
+        p = sparsifiner.Predictor(sparsifiner.Config(), dims, D, rngs=nnx.Rngs(0))
+        return p(x, x)
+
+    narrow = jax.ShapeDtypeStruct((1, N, H, D), jnp.bfloat16)
+    assert jax.eval_shape(estimate, narrow).dtype == jnp.float32
+
+
 def test_the_estimate_has_rank_n_and_the_masked_attention_more(masked, dense):
     def ranks(arrays):
         return [np.linalg.matrix_rank(a, tol=1e-5) for a in arrays.reshape(-1, *shape)]
@@ -255,6 +267,8 @@ def test_the_loss_is_a_sum_of_squares_over_all_pairs(dense):
     attended = np.einsum("bhts,bshd->bthd", whole, value)
     close(y, out(params, attended), atol=1e-4)
     options = {"loss_over": "image", "loss_weight": 0.1, "predictor_scale": "width"}
+    options["scale"] = 0.3
+    whole = softmax(0.3 * D**0.5 * scores_of(qkv))
     other = layer(phase="reconstruct", **options)
     _, found, records = forward(other, x, ctx, s.arrays[0])
     approx = estimate_of(params, qkv, extra=1, sparse=False, scale=2**-0.5)
