@@ -183,7 +183,8 @@ def _images(flags: Flags) -> None:
             np.save(out, images)
         else:
             _save_sheet(out, run, images, vae, columns=len(names))
-    told = f"{flags.num} of each of {', '.join(names)}"
+    words = names if flags.prompt is None else (repr(flags.prompt),)
+    told = f"{flags.num} of each of {', '.join(words)}"
     if is_array:
         told += _of_latents(run.latents, images.shape)
     print(f"wrote {out}: {told}; {evaluations} predictions")

@@ -111,12 +111,13 @@ def test_a_draw_encodes_its_captions_once(run, monkeypatch):
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_generate_draws_a_caption(run, monkeypatch, tmp_path):
+def test_generate_draws_a_caption(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(runs, "load_run", lambda *_, **__: run)
     out = tmp_path / "some.png"
     words = ["--workdir", str(run.path), "--out", str(out), "--num_steps", "1"]
     words += ["--num", "2", "--sampler", "euler", "--guidance", "2"]
     generate.main([*words, "--prompt", "a one"])
+    assert "2 of each of 'a one'; 1 predictions" in capsys.readouterr().out
     found = np.asarray(Image.open(out))
     assert found.shape == (2 * 34 - 2, 32)
     wanted = run.pixels(run.draw_prompts(["a one"] * 2, **HOW))[0, ..., 0]
