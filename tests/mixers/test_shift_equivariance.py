@@ -135,6 +135,12 @@ def test_windows_or_cells_of_the_whole_grid_or_of_one_place_are_full_attention()
         close(s.forward(({name: full.arrays[0]}, {}), x, ctx)[0], y)
 
 
+def test_keys_of_cells_have_no_rotary_positions():
+    for part, positions in (("local", "inherit"), ("global", "none")):
+        config = shift_equivariance.Config(part=part)
+        assert shift_equivariance.layer_config(config).positions == positions
+
+
 def test_sizes_that_are_not_given_divide_the_axes():
     for part, wanted in (("local", (7, 3)), ("global", (2, 3))):
         config = shift_equivariance.Config(part=part)

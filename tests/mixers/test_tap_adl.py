@@ -150,6 +150,20 @@ def test_one_scale_is_the_identity_whatever_the_predictor():
     np.testing.assert_array_equal(y, images())
 
 
+def test_the_predictors_norm_adds_its_epsilon_to_the_variance():
+    """A factor makes up for a variance of 0, as for one that lacks an epsilon to 1."""
+    eps, ones = 1e-5, np.ones(K)
+    p = tap_adl.Predictor(K, 2, MixerDims(6, 2, 2, 3, grid=GRID), rngs=nnx.Rngs(0))
+    image = np.random.default_rng(0).normal(size=(1, 2, 2, 6)).astype(np.float32)
+    found = []
+    for variance, scale in ((0.0, eps**0.5), (1 - eps, 1.0)):
+        p.norm_variance[...] = jnp.asarray(variance * ones, jnp.float32)
+        p.norm_scale[...] = jnp.asarray(30 * scale * ones, jnp.float32)
+        found.append(p(image, train=False))
+    close(*found, atol=1e-4)
+    assert np.std(found[0]) > 1e-2
+
+
 def test_a_predictor_of_zeros_gives_the_mean_of_the_pools():
     image = images()
     with jax.enable_x64(True):
