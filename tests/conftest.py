@@ -25,6 +25,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -45,6 +46,25 @@ gc.set_threshold(100_000, 20, 50)
 def pytest_collection_finish():
     """What is imported stays, so it is never searched for cycles."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def shared_programs(tmp_path_factory):
+    """Programs of a file are compiled once where they are the same: for files that
+    train the same model in several runs."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    settings = [
+        ("jax_enable_compilation_cache", True, False),
+        ("jax_compilation_cache_dir", folder, None),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0, 1.0),
+    ]
+    for name, now, _ in settings:
+        jax.config.update(name, now)
+    compilation_cache.reset_cache()
+    yield
+    for name, _, before in settings:
+        jax.config.update(name, before)
+    compilation_cache.reset_cache()
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -4,10 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import attnjax
 from attnjax import convert, evaluate, generate, plan, report, train
@@ -16,6 +14,8 @@ from attnjax.core.errors import EXIT_OK, UserError
 from attnjax.studies import collect, groups, sweep_file
 from attnjax.training import experiment, loop, metrics
 from attnjax.training import run as training_run
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 CONFIG = '''
 """A model of a few hundred parameters."""
@@ -59,24 +59,6 @@ def sweep():
     both = seeds(point({config!r}, row="gated"), 2, vectorize=True)
     return evaluated(both, [Evaluation("blurred", BLUR)])
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_programs(tmp_path_factory):
-    """Programs are compiled once where they are the same."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    settings = [
-        ("jax_enable_compilation_cache", True, False),
-        ("jax_compilation_cache_dir", folder, None),
-        ("jax_persistent_cache_min_compile_time_secs", 0.0, 1.0),
-    ]
-    for name, now, _ in settings:
-        jax.config.update(name, now)
-    compilation_cache.reset_cache()
-    yield
-    for name, _, before in settings:
-        jax.config.update(name, before)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from attnjax.training import (
 from attnjax.training.checkpoint_reader import CheckpointReader
 from attnjax.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 STEPS = 20
 # What each run has of its own: another seed, or other numbers of the optimizer.
 RUNS = (
