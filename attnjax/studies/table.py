@@ -163,6 +163,12 @@ class Table:
                 "Table: leave_out must leave points; got "
                 f"leave_out={show_labels(self.leave_out)}, which all have."
             )
+        if self.leave_out is not None and len(points) == len(given):
+            raise UserError(
+                "Table: leave_out must be labels of a point; got "
+                f"leave_out={show_labels(self.leave_out)}. "
+                f"{_have(self.leave_out, points)}"
+            )
         known = sorted({name for point in points for name in point})
         for part in ("rows", "columns"):
             for name in getattr(self, part):
@@ -181,13 +187,14 @@ class Table:
         return self.leave_out is None or not matches(self.leave_out, labels)
 
     def cut_to(self, labels: Iterable[Mapping[str, Any]]) -> "Table":
-        """The table of some of the points: without a baseline, or figures of the paper,
-        that belong to others.
+        """The table of some of the points: without a baseline, figures of the paper, or
+        points to leave out, that are others.
 
         Args:
             labels: label -> value of each point that is left.
         """
-        points = [one for one in labels if self.has(one)]
+        given = list(labels)
+        points = [one for one in given if self.has(one)]
 
         def belongs(wanted: Mapping[str, Any]) -> bool:
             return any(matches(wanted, point) for point in points)
@@ -195,7 +202,9 @@ class Table:
         paper = tuple(value for value in self.paper if belongs(value.labels))
         has_baseline = self.baseline is not None and belongs(self.baseline)
         baseline = self.baseline if has_baseline else None
-        return dataclasses.replace(self, paper=paper, baseline=baseline)
+        leave_out = self.leave_out if len(points) < len(given) else None
+        changes = {"paper": paper, "baseline": baseline, "leave_out": leave_out}
+        return dataclasses.replace(self, **changes)
 
     def check_splits(self, evaluations: Iterable[str]) -> None:
         """Refuse a metric of an evaluation that no point asks for.
@@ -347,7 +356,10 @@ def show(value: PaperValue) -> str:
 
 def _have(wanted: Mapping[str, Any], points: list[dict]) -> str:
     """What the labels in `wanted` are in the points, nearest first."""
+    known = sorted({name for point in points for name in point})
     for name, value in wanted.items():
+        if name not in known:
+            return f"No point has the label {name!r}. {nearest(name, known)}"
         values = sorted({text_of(point[name]) for point in points if name in point})
         if text_of(value) not in values:
             return f"{name}: {nearest(text_of(value), values)}"

@@ -45,8 +45,15 @@ def test_a_table_fits_its_points():
 
 def test_points_that_are_left_out_are_in_no_row():
     table = Table(rows=("mixer", "size"), leave_out={"role": "judge"})
-    table.check([*POINTS, {"role": "judge"}])
+    points = [*POINTS, {"role": "judge"}]
+    table.check(points)
     assert Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+    for wrong, near in ({"role": "juge"}, "judge"), ({"rolle": "judge"}, "mean role"):
+        with pytest.raises(UserError, match=f"labels of a point.*{near}"):
+            Table(rows=("mixer",), leave_out=wrong).check(points)
+    rest = [one for one in points if "role" not in one]
+    assert table.cut_to(rest).leave_out is None
+    assert table.cut_to(points) == table
     with pytest.raises(UserError, match="leave points; got leave_out=role=judge"):
         table.check([{"role": "judge"}])
 
