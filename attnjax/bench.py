@@ -1,12 +1,17 @@
 """Measurements: python -m attnjax.bench kernels|mixers|train|seeds [--filter RE].
 
-`device_kernels` is for a machine with a GPU: it goes on where its results file ends.
+`device_kernels` is for a machine with a GPU: it goes on where its results file ends, so
+that everything is made in parts of 8 minutes, whatever happens to one of them, by
+
+    for part in $(seq 30); do python -m attnjax.bench device_kernels; done
+
 `device_table` shows what it found as the README does.
 """
 
 import dataclasses
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +37,10 @@ class Flags:
         json: a file for the results with machine and versions (none: the table
             alone; device_kernels: benchmarks/results/DEVICE-DATE.json).
         minutes: how long device_kernels begins new rows.
+        without: implementations that device_kernels leaves out, with commas between.
+        retry: device_kernels also makes rows again that failed or never finished.
+        bandwidth: of the device's memory in TB/s, of which device_kernels shows
+            steps of decoding as a share (none: unknown).
         tune: with kernels: measure block sizes and implementations on this device
             and write the table that the choice of kernels goes by (--json: into
             another file).
@@ -43,6 +52,9 @@ class Flags:
     filter: str | None = None
     json: str | None = None
     minutes: float = 8.0
+    without: str | None = None
+    retry: bool = False
+    bandwidth: float | None = None
     tune: bool = False
 
 
@@ -81,11 +93,22 @@ def measure(what: str, pattern: str | None) -> dict[str, Any]:
 
 def _measure_on_device(flags: Flags) -> None:
     """Make the rows that the results file lacks."""
-    from attnjax.benchmarks import device_kernels
+    from attnjax.benchmarks import device_kernels, device_peers, device_report
 
-    path = None if flags.json is None else Path(flags.json)
-    report = device_kernels.run(flags.filter, path=path, minutes=flags.minutes)
-    device_kernels.print_report(report)
+    if flags.bandwidth is not None and not flags.bandwidth > 0:
+        raise UserError(
+            f"bench: --bandwidth must be above 0 (TB/s); got {flags.bandwidth}."
+        )
+    device_peers.share_memory(os.environ)
+    report = device_kernels.run(
+        flags.filter,
+        path=None if flags.json is None else Path(flags.json),
+        minutes=flags.minutes,
+        settings=device_kernels.settings_without(flags.without),
+        retry=flags.retry,
+        bandwidth=flags.bandwidth,
+    )
+    device_report.print_report(report)
 
 
 def _tune(flags: Flags) -> None:

@@ -27,6 +27,8 @@ class Variant:
         group: query heads that share a key/value head.
         plain: whether it is plain causal or full softmax: what others are held to.
         long: whether it is timed on one long sequence.
+        fixed: operands that have no gradient when it is timed (but when checked).
+        checked, timed: sizes, where they are not those of the others.
     """
 
     spec: kernels.AttentionSpec
@@ -34,6 +36,9 @@ class Variant:
     group: int = 1
     plain: bool = False
     long: bool = False
+    fixed: tuple[str, ...] = ()
+    checked: "Size | None" = None
+    timed: "Size | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +50,35 @@ class LinearVariant:
         dims: D and E.
         group: query heads that share a key/value head.
         packed: whether there are segment_ids.
+        spread: value heads, with their decays and rates, that share a query and key.
+        fixed: operands that have no gradient when it is timed (but when checked).
     """
 
     spec: kernels.LinearSpec
     dims: tuple[int, int] = (128, 128)
     group: int = 1
     packed: bool = False
+    spread: int = 1
+    fixed: tuple[str, ...] = ()
+    plain = False
+    checked = timed = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeVariant:
+    """One step of decoding: a query at the end of a cache.
+
+    Attributes:
+        spec: what is computed.
+        keys: most keys that the query sees; None for all.
+        dims: D and E, which are equal.
+        group: query heads that share a key/value head.
+    """
+
+    spec: kernels.AttentionSpec
+    keys: int | None = None
+    dims: tuple[int, int] = (128, 128)
+    group: int = 4
     plain = False
 
 
@@ -73,6 +101,9 @@ def _spec(mask=CAUSAL, **fields) -> kernels.AttentionSpec:
 
 
 REACH, BLOCK = 256, 128
+WINDOW = kernels.SlidingWindow(1023)
+# Long enough for the window to end within it.
+WINDOW_CHECKED = Size(2, 2500, 4)
 FINISH = (
     kernels.HeadRMSNorm(),
     kernels.HeadScale(),
@@ -88,14 +119,26 @@ VARIANTS = {
     "grouped heads": Variant(_spec(), group=4, plain=True),
     "latent 192/128": Variant(_spec(), (192, 128)),
     "log-sum": Variant(_spec(return_lse=True)),
-    "window": Variant(_spec(kernels.SlidingWindow(1023)), long=True),
+    "window": Variant(_spec(WINDOW), long=True, checked=WINDOW_CHECKED),
     "packed": Variant(_spec(CAUSAL & kernels.Segments()), long=True),
+    "packed window": Variant(
+        _spec(WINDOW & kernels.Segments()),
+        long=True,
+        checked=WINDOW_CHECKED,
+    ),
     "prefix": Variant(_spec(CAUSAL | kernels.Prefix())),
     "soft cap": Variant(_spec(score=kernels.SoftCap(30.0))),
     "soft cap 64": Variant(_spec(score=kernels.SoftCap(30.0)), (64, 64)),
-    "ALiBi": Variant(_spec(score=kernels.ALiBi())),
+    "ALiBi": Variant(_spec(score=kernels.ALiBi()), fixed=("alibi_slopes",)),
     "score function": Variant(_spec(score=SCORE_FN)),
     "bias": Variant(_spec(kernels.Full(), score=kernels.Bias()), (64, 64)),
+    "bias, one row": Variant(
+        _spec(kernels.Full(), score=kernels.Bias()),
+        (64, 64),
+        checked=Size(1, 1000, 4),
+        timed=Size(1, 4096, 16),
+    ),
+    "causal bias": Variant(_spec(score=kernels.Bias())),
     "learned sink": Variant(_spec(weight_map=kernels.Softmax("logit"))),
     "off by one": Variant(_spec(weight_map=kernels.Softmax("off_by_one"))),
     "bounded": Variant(
@@ -124,8 +167,8 @@ def _linear(*flags, scale=128**-0.5, **fields) -> LinearVariant:
 
 LINEAR_VARIANTS = {
     "linear plain": _linear(),
-    "linear retention": _linear("head"),
-    "linear retention 64": _linear("head", dims=(64, 64)),
+    "linear retention": _linear("head", fixed=("log_decay",)),
+    "linear retention 64": _linear("head", dims=(64, 64), fixed=("log_decay",)),
     "linear token decay": _linear("token"),
     "linear token decay, packed": _linear("token", packed=True),
     "linear channel decay": _linear("channel"),
@@ -133,8 +176,17 @@ LINEAR_VARIANTS = {
     "linear grouped heads": _linear("token", group=4),
     "linear delta": _linear("none", True),
     "linear gated delta": _linear("token", True),
+    "linear gated delta 16/32": _linear("token", True, spread=2),
     "linear gated delta 64": _linear("token", True, dims=(64, 64)),
     "linear channel delta": _linear("channel", True),
+}
+
+CACHES = 4096, 32768
+DECODE_VARIANTS = {
+    "decode all keys": DecodeVariant(_spec(kernels.Full())),
+    "decode window and sinks": DecodeVariant(
+        _spec(kernels.SlidingWindow(1023, sinks=4)), keys=1028
+    ),
 }
 
 
@@ -205,11 +257,16 @@ def _draw_linear(variant: LinearVariant, size: Size, *, seed: int, dtype):
     if h % variant.group:
         raise ValueError(f"draw: heads must be a multiple of {variant.group}; got {h}.")
     kv = h // variant.group
+    if kv % variant.spread:
+        raise ValueError(
+            f"draw: value heads must be a multiple of {variant.spread}; got {kv}."
+        )
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
-    q, k, v = normal(b, t, h, d), normal(b, t, kv, d), normal(b, t, kv, e)
+    q = normal(b, t, h // variant.spread, d)
+    k, v = normal(b, t, kv // variant.spread, d), normal(b, t, kv, e)
     if spec.normalise:
         q, k = jnp.abs(q), jnp.abs(k)
     if spec.delta:
@@ -226,6 +283,30 @@ def _draw_linear(variant: LinearVariant, size: Size, *, seed: int, dtype):
     cotangents = normal(b, t, h, e), normal(b, kv, d, e + spec.normalise)
     qkv = tuple(x.astype(dtype) for x in (q, k, v))
     return qkv, operands, (cotangents[0].astype(dtype), cotangents[1])
+
+
+def draw_decode(variant: DecodeVariant, size: Size, *, seed: int, dtype=None):
+    """((q [B, 1, H, D], k, v [B, length, K, D]), operands) of a step of decoding."""
+    rng = np.random.default_rng(seed)
+    (d, e), b, s, h = variant.dims, size.batch, size.length, size.heads
+    if h % variant.group or d != e:
+        raise ValueError(
+            f"draw_decode: heads must be a multiple of {variant.group} and D equal E; "
+            f"got heads={h}, dims={variant.dims}."
+        )
+    shapes = (b, 1, h, d), *2 * ((b, s, h // variant.group, d),)
+    qkv = tuple(
+        jnp.asarray(rng.standard_normal(x, np.float32), dtype or jnp.bfloat16)
+        for x in shapes
+    )
+    at_end = {"q_offset": jnp.asarray(s - 1, jnp.int32)}
+    return qkv, at_end if variant.spec.mask.positional else {}
+
+
+def cache_bytes(variant: DecodeVariant, size: Size) -> int:
+    """Bytes of the keys and values, in 16 bits, that a step has to read."""
+    keys = size.length if variant.keys is None else min(variant.keys, size.length)
+    return 2 * size.batch * keys * size.heads // variant.group * sum(variant.dims)
 
 
 def flops(variant: Variant | LinearVariant, size: Size) -> float:

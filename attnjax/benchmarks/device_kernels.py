@@ -1,5 +1,8 @@
 """The fused kernels on a GPU: correctness first, then times, in parts of minutes.
 
+Beside them, in the same rounds, run cuDNN, our blocked form and what is installed of
+FlexAttention, flash-linear-attention and tokamax (`device_peers.INSTALL`).
+
 Every row of the results is one variant checked or timed; rows are written as they are
 made, and a second start goes on where the first one stopped. A row that was begun and
 never finished (a kernel that hung or took the process with it) is passed over.
@@ -8,11 +11,12 @@ never finished (a kernel that hung or took the process with it) is passed over.
 import dataclasses
 import datetime
 import functools
+import gc
 import json
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax import kernels
-from attnjax.benchmarks import machine, tables, timing
+from attnjax.benchmarks import (
+    device_decode,
+    device_peers,
+    device_programs,
+    device_report,
+    device_torch,
+    machine,
+    timing,
+)
 from attnjax.benchmarks.device_cases import (
+    CACHES,
+    DECODE_VARIANTS,
     LINEAR_VARIANTS,
     VARIANTS,
+    DecodeVariant,
     LinearVariant,
     Size,
     Variant,
     draw,
+    draw_decode,
     flops,
 )
-from attnjax.benchmarks.device_families import Family, family_of
 from attnjax.core.errors import UserError
 
 # An error in bfloat16 may be this many times that of the yardstick.
@@ -41,7 +56,15 @@ CHECKED = Size(2, 1000, 4)
 TIMED = (Size(8, 2048, 16), Size(2, 8192, 16), Size(1, 16384, 16))
 TIMED_VARIANT = Size(4, 4096, 16)
 TIMED_LINEAR = Size(1, 8192, 32)
-AnyVariant = Variant | LinearVariant
+CHECKED_DECODE = Size(2, 2048, 8)
+TIMED_DECODE = tuple(Size(8, cache, 32) for cache in CACHES)
+AnyVariant = Variant | LinearVariant | DecodeVariant
+OURS = "mosaic_gpu"
+# Ours, which need not agree with the reference before they are timed: their checks say.
+OWN = (OURS, "blocked")
+# What an error is held to, the first that computes the same.
+YARDSTICKS = ("cudnn", "blocked")
+IMPLEMENTATIONS = (*OWN, "cudnn", "cudnn_mask", "tokamax", *device_peers.PEERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +78,50 @@ class Settings:
             variants for long sequences.
         timed_variant: size of the timing rows of the others, and of plain ones.
         timed_linear: size of the timing rows of recurrences.
+        checked_decode, timed_decode: sizes of the rows of steps of decoding, whose
+            length is the cache's.
         implementations: what is compared, ours first.
         target: what the kernels are chosen for; None means the default device.
         interpret: of the run of `mosaic_gpu`, to try the script without a GPU.
+        place: where PyTorch computes.
         rounds, calls: of a timing.
+        steps: of a chain of decoding.
     """
 
     variants: dict[str, AnyVariant] = dataclasses.field(
-        default_factory=lambda: VARIANTS | LINEAR_VARIANTS
+        default_factory=lambda: VARIANTS | LINEAR_VARIANTS | DECODE_VARIANTS
     )
     checked: Size = CHECKED
     timed: tuple[Size, ...] = TIMED
     timed_variant: Size = TIMED_VARIANT
     timed_linear: Size = TIMED_LINEAR
-    implementations: tuple[str, ...] = ("mosaic_gpu", "cudnn", "blocked")
+    checked_decode: Size = CHECKED_DECODE
+    timed_decode: tuple[Size, ...] = TIMED_DECODE
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
     target: kernels.Target | None = None
     interpret: object = None
+    place: device_torch.Place = device_torch.GPU
     rounds: int = 7
     calls: int = 10
+    steps: int = device_decode.STEPS
+
+
+def settings_without(names: str | None) -> Settings:
+    """The settings, but for implementations named with commas between.
+
+    Raises:
+        UserError: when there is no such implementation, or it is ours.
+    """
+    left_out = [name.strip() for name in (names or "").split(",") if name.strip()]
+    others = [name for name in IMPLEMENTATIONS if name != OURS]
+    for name in left_out:
+        if name not in others:
+            raise UserError(
+                f"bench device_kernels: --without takes some of {', '.join(others)}; "
+                f"got {name!r}."
+            )
+    kept = tuple(name for name in IMPLEMENTATIONS if name not in left_out)
+    return Settings(implementations=kept)
 
 
 def run(
@@ -81,6 +130,8 @@ def run(
     path: Path | None = None,
     minutes: float = 8.0,
     settings: Settings | None = None,
+    retry: bool = False,
+    bandwidth: float | None = None,
 ) -> dict[str, Any]:
     """Make the rows that are missing in `path`, correctness first.
 
@@ -88,6 +139,9 @@ def run(
         pattern: regular expression of rows ("check causal 128", "time ...").
         path: results so far; None means one for this device and day.
         minutes: no row is begun after this long.
+        retry: also make rows again that failed or never finished.
+        bandwidth: of the device's memory in TB/s, kept with the results; steps of
+            decoding are shown as a share of it.
 
     Returns:
         "machine", "rows" {name: row} and "left" (names of rows still to be made).
@@ -98,9 +152,13 @@ def run(
     """
     settings = settings or Settings()
     path = path or _path_of_today()
+    report, start = _load(path), time.perf_counter()
+    rows = report["rows"]
+    if bandwidth is not None:
+        report["bandwidth"] = bandwidth
     work = {
         name: make
-        for name, make in _work(settings).items()
+        for name, make in _work(settings, rows).items()
         if re.search(pattern or "", name)
     }
     if not work:
@@ -108,8 +166,10 @@ def run(
             f"bench device_kernels: --filter matches no row; got {pattern!r}. Rows "
             f"are 'check NAME' and 'time NAME' of: {', '.join(settings.variants)}."
         )
-    report, start = _load(path), time.perf_counter()
-    rows = report["rows"]
+    if retry:
+        for name in work:
+            if rows.get(name, {}).get("state") in ("begun", "failed"):
+                del rows[name]
     for name, make in work.items():
         if name in rows or time.perf_counter() - start > 60 * minutes:
             continue
@@ -117,10 +177,29 @@ def run(
         _save(path, report)
         rows[name] = _attempt(make)
         _save(path, report)
-        print(f"{name}: {_summary(rows[name])}", flush=True)
+        print(f"{name}: {device_report.summary(rows[name])}", flush=True)
+        _free()
+        if not _answers():
+            print("the device does not answer any more; run the command again")
+            break
     report["left"] = [name for name in work if name not in rows]
     _save(path, report)
     return report
+
+
+def _free() -> None:
+    """Give back the memory of a row."""
+    gc.collect()
+    device_torch.release()
+
+
+def _answers() -> bool:
+    """Whether the device still computes: a kernel that read beyond its arrays leaves
+    it useless to this process, and every later row would fail with it."""
+    try:
+        return float(jnp.ones(()) + 1) == 2
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 def _attempt(make: Callable[[], dict]) -> dict[str, Any]:
@@ -135,20 +214,31 @@ def _attempt(make: Callable[[], dict]) -> dict[str, Any]:
         return {"state": "failed", "error": "".join(lines)[:2000]}
 
 
-def _work(settings: Settings) -> dict[str, Callable[[], dict]]:
-    """Every row by name, in order: all checks, then all times."""
+def _work(settings: Settings, rows: Mapping) -> dict[str, Callable[[], dict]]:
+    """Every row by name, in order: all checks, then all times, which go by what the
+    checks among `rows` found."""
     work = {}
     for name, variant in settings.variants.items():
-        make = functools.partial(check, settings, variant)
-        work[f"check {name}"] = make
+        make = check_decode if isinstance(variant, DecodeVariant) else check
+        work[f"check {name}"] = functools.partial(make, settings, variant)
     for name, variant in settings.variants.items():
         for size in _timed_sizes(settings, variant):
-            make = functools.partial(measure, settings, variant, size)
-            work[f"time {name} S={size.length}"] = make
+            make = measure_decode if isinstance(variant, DecodeVariant) else measure
+            work[f"time {name} S={size.length}"] = functools.partial(
+                _made, make, settings, variant, size, rows, f"check {name}"
+            )
     return work
 
 
+def _made(make, settings, variant, size, rows, check_name):
+    return make(settings, variant, size, rows.get(check_name))
+
+
 def _timed_sizes(settings: Settings, variant: AnyVariant) -> tuple[Size, ...]:
+    if isinstance(variant, DecodeVariant):
+        return settings.timed_decode
+    if variant.timed is not None:
+        return (variant.timed,)
     if isinstance(variant, LinearVariant):
         return (settings.timed_linear,)
     if variant.plain:  # beside the others too
@@ -164,25 +254,15 @@ def check(settings: Settings, variant: AnyVariant) -> dict[str, Any]:
     where it cannot compute the variant; blocked, which rounds results alone and so
     is stricter, where there is no cuDNN.
     """
-    given = draw(variant, settings.checked, seed=1)
-    wanted = _exact(variant, given)
-    errors, repeats, reasons = {}, None, {}
-    for name in settings.implementations:
-        program, reason = _program(settings, variant, name, given)
-        if program is None:
-            reasons[name] = reason
-            continue
-        got = program(*given)
-        errors[name] = _errors(got, wanted)
-        if name == "mosaic_gpu":
-            again = program(*given)
-            repeats = all(map(_same, jax.tree.leaves(got), jax.tree.leaves(again)))
-    if "mosaic_gpu" not in errors:
+    size = variant.checked or settings.checked
+    given = draw(variant, size, seed=1)
+    find = functools.partial(device_programs.find, settings, variant, given=given)
+    wanted = device_programs.exact(variant, given)
+    errors, reasons, repeats = _errors(settings, find, wanted)
+    if OURS not in errors:
         return {"errors": errors, "refused": reasons, "verdict": "refused"}
-    yardstick, limits = _yardstick(settings, variant, errors)
-    worst = max(
-        errors["mosaic_gpu"][quantity] / limits[quantity] for quantity in limits
-    )
+    yardstick, limits = _yardstick(settings, variant, size, errors)
+    worst = max(errors[OURS][quantity] / limits[quantity] for quantity in limits)
     good = worst <= ALLOWED and repeats
     return {
         "errors": errors,
@@ -194,166 +274,185 @@ def check(settings: Settings, variant: AnyVariant) -> dict[str, Any]:
     }
 
 
-def _yardstick(settings: Settings, variant: AnyVariant, errors):
+def check_decode(settings: Settings, variant: DecodeVariant) -> dict[str, Any]:
+    """The same for a step of decoding: its output alone, held to cuDNN's or, where
+    that cannot compute it, to that of blocked."""
+    given = draw_decode(variant, settings.checked_decode, seed=1)
+    find = functools.partial(device_decode.find, settings, variant, given=given)
+    wanted = device_decode.exact(variant, given)
+    errors, reasons, repeats = _errors(settings, find, wanted)
+    held = [name for name in YARDSTICKS if _agrees(errors, name)]
+    if OURS not in errors or not held:
+        return {"errors": errors, "refused": reasons, "verdict": "refused"}
+    worst = errors[OURS]["out"] / errors[held[0]]["out"]
+    return {
+        "errors": errors,
+        "refused": reasons,
+        "yardstick": held[0],
+        "worst_ratio": worst,
+        "repeats": repeats,
+        "verdict": "passed" if worst <= ALLOWED and repeats else "FAILED",
+    }
+
+
+def _errors(settings: Settings, find, wanted):
+    """({name: {quantity: error}}, {name: why there is none}, whether ours repeats)."""
+    errors, repeats, reasons = {}, None, {}
+    for name in settings.implementations:
+        try:
+            programs, reason = find(name=name)
+            if programs is None:
+                reasons[name] = reason
+                continue
+            got = programs.values()
+            errors[name] = device_programs.distances(got, wanted)
+            if name == OURS:
+                again = programs.values()
+                repeats = all(map(_same, jax.tree.leaves(got), jax.tree.leaves(again)))
+        except Exception as error:
+            if name in OWN:
+                raise
+            reasons[name] = device_peers.failed(error)
+    return errors, reasons, repeats
+
+
+def _yardstick(settings: Settings, variant: AnyVariant, size: Size, errors):
     """(name, {quantity: error}) that ours is held to."""
-    for name in ("cudnn", "blocked"):
-        if name in errors:
-            found = errors[name]
-            return name, {n: found[n] for n in ("out", "dq", "dk", "dv")}
+    quantities = ("out", "dq", "dk", "dv")
+    for name in YARDSTICKS:
+        if _agrees(errors, name):
+            return name, {n: errors[name][n] for n in quantities}
         if name not in settings.implementations:
             continue
         plain = Variant(
             kernels.AttentionSpec(kernels.Causal()), variant.dims, variant.group
         )
-        given = draw(plain, settings.checked, seed=1)
-        program, _ = _program(settings, plain, name, given)
-        if program is not None:
-            found = _errors(program(*given), _exact(plain, given))
-            limits = {n: found[n] for n in ("out", "dq", "dk", "dv")}
-            return f"{name}, plain causal", limits
+        given = draw(plain, size, seed=1)
+        find = functools.partial(device_programs.find, settings, plain, given=given)
+        alone = dataclasses.replace(settings, implementations=(name,))
+        found, _, _ = _errors(alone, find, device_programs.exact(plain, given))
+        if _agrees(found, name):
+            return f"{name}, plain causal", {n: found[name][n] for n in quantities}
     raise UserError(
         "bench device_kernels: a check needs cudnn or blocked as its yardstick; got "
         f"implementations={settings.implementations}."
     )
 
 
-def _runner(settings: Settings, variant: AnyVariant, name: str, given):
-    """((q, k, v, operands) -> (output, log-sum, state or None), None), or (None, why
-    the implementation cannot)."""
-    qkv, operands, _ = given
-    target, family = settings.target or kernels.default_target(), family_of(variant)
-    request = family.make_request(*qkv, variant.spec, operands, target)
-    module = family.modules.get(name)
-    if module is None:
-        return None, f"does not exist for {family.name}"
-    reason = module.supports(request)
-    if reason is not None:
-        return None, reason
-    more = {}
-    if name == "mosaic_gpu" and settings.interpret is not None:
-        more["interpret"] = settings.interpret
-    return functools.partial(family.run, module, request, more), None
-
-
-def _program(settings: Settings, variant: AnyVariant, name: str, given):
-    """(jitted (qkv, operands, cotangents) -> values and gradients, None), or (None,
-    why the implementation cannot)."""
-    run_it, reason = _runner(settings, variant, name, given)
-    if run_it is None:
-        return None, reason
-    family = family_of(variant)
-    return jax.jit(functools.partial(_values_and_gradients, run_it, family)), None
-
-
-def _values_and_gradients(run_it, family: Family, qkv, operands, cotangents):
-    """{"out", "lse" or "state", "dq", "dk", "dv", "d OPERAND"}."""
-    trained = {
-        n: x for n, x in operands.items() if jnp.issubdtype(x.dtype, jnp.inexact)
-    }
-
-    def total(qkv, trained):
-        out, beside = run_it(*qkv, operands | trained)
-        out = out.astype(qkv[0].dtype)
-        wide = jnp.promote_types(jnp.float32, out.dtype)
-        value = jnp.sum(out.astype(wide) * cotangents[0].astype(wide))
-        if beside is None:
-            return value, {"out": out}
-        value += jnp.sum(beside * cotangents[1].astype(beside.dtype))
-        return value, {"out": out, family.beside: beside}
-
-    gradients = jax.grad(total, argnums=(0, 1), has_aux=True)
-    (d_qkv, d_trained), found = gradients(qkv, trained)
-    found |= dict(zip(("dq", "dk", "dv"), d_qkv, strict=True))
-    return found | {f"d {name}": x for name, x in d_trained.items()}
-
-
-def _exact(variant: AnyVariant, given) -> dict[str, np.ndarray]:
-    """The same in dense float64."""
-    with jax.enable_x64(True):
-        qkv, operands, cotangents = jax.tree.map(_widen, given)
-        target, family = kernels.default_target(), family_of(variant)
-        request = family.make_request(*qkv, variant.spec, operands, target)
-        run_it = functools.partial(family.run, family.modules["reference"], request, {})
-        program = functools.partial(_values_and_gradients, run_it, family)
-        found = jax.jit(program)(qkv, operands, cotangents)
-        return {name: np.asarray(x) for name, x in found.items()}
-
-
-def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-
-
-def _errors(got, wanted) -> dict[str, float]:
-    """Distances relative to the norm, infinite where something is not finite."""
-    found = {}
-    for name, right in wanted.items():
-        left = np.asarray(got[name]).astype(np.float64)
-        error = np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-300)
-        found[name] = float(error) if np.isfinite(error) else float("inf")
-    return found
+def _agrees(errors, name: str) -> bool:
+    return name in errors and device_peers.disagreement(errors[name]) is None
 
 
 def _same(left: jax.Array, right: jax.Array) -> bool:
     return np.asarray(left).tobytes() == np.asarray(right).tobytes()
 
 
-def measure(settings: Settings, variant: AnyVariant, size: Size) -> dict[str, Any]:
+def measure(
+    settings: Settings, variant: AnyVariant, size: Size, checked=None
+) -> dict[str, Any]:
     """Milliseconds and TFLOP/s, forward and forward with backward, of each
-    implementation in alternating rounds."""
+    implementation in alternating rounds; those of others once they were seen to
+    compute the same.
+
+    Args:
+        checked: the row of `check` on the variant, if there is one.
+    """
     given = draw(variant, size, seed=2)
-    forward, both, reasons = {}, {}, {}
-    for name in settings.implementations:
-        run_it, reason = _runner(settings, variant, name, given)
-        if run_it is None:
-            reasons[name] = reason
-            continue
+    find = functools.partial(device_programs.find, settings, variant, given=given)
+    found, reasons = _timed(settings, variant, find, check, checked)
+    forward, both = {}, {}
+    for name, programs in found.items():
         try:
-            forward[name] = _repeater(functools.partial(_output, run_it), given)
-            family = family_of(variant)
-            program = functools.partial(_values_and_gradients, run_it, family)
-            both[name] = _repeater(program, given)
-        except jax.errors.JaxRuntimeError as error:
+            forward[name], both[name] = programs.forward(), programs.train()
+        except Exception as error:
+            if name == OURS:
+                raise
             forward.pop(name, None)
-            reasons[name] = str(error).splitlines()[0][:300]
+            reasons[name] = device_peers.failed(error)
+    both = {name: program for name, program in both.items() if program is not None}
     turns = {"rounds": settings.rounds, "calls": settings.calls}
     times = {
         "forward": timing.interleave(forward, **turns),
         "train": timing.interleave(both, **turns),
     }
     row: dict[str, Any] = {"refused": reasons, "times": {}}
-    for name in both:
-        parts = {part: found[name].median for part, found in times.items()}
-        backward = max(parts["train"] - parts["forward"], 1e-12)
-        count = flops(variant, size)
-        row["times"][name] = {
-            "forward_ms": 1e3 * parts["forward"],
-            "train_ms": 1e3 * parts["train"],
-            "forward_tflops": 1e-12 * count / parts["forward"],
-            "backward_tflops": 1e-12 * 2.5 * count / backward,
-        }
-    for base in ("cudnn", "blocked"):
-        if "mosaic_gpu" in both and base in both:
-            for part, found in times.items():
-                walls = found[base].wall, found["mosaic_gpu"].wall
+    count = flops(variant, size)
+    for name in forward:
+        row["times"][name] = _cells(
+            count, {part: x[name].median for part, x in times.items() if name in x}
+        )
+    for base in forward:
+        for part, samples in times.items():
+            if base != OURS and OURS in samples and base in samples:
+                walls = samples[base].wall, samples[OURS].wall
                 row[f"{part}_speedup_over_{base}"] = dataclasses.asdict(
                     timing.ratio(*walls)
                 )
     return row
 
 
-def _output(run_it, qkv, operands, _):
-    return run_it(*qkv, operands)[0]
+def _cells(count: float, seconds: dict[str, float]) -> dict[str, float]:
+    """Milliseconds and TFLOP/s; without "train" those of the forward pass alone."""
+    cells = {
+        "forward_ms": 1e3 * seconds["forward"],
+        "forward_tflops": 1e-12 * count / seconds["forward"],
+    }
+    if "train" in seconds:
+        backward = max(seconds["train"] - seconds["forward"], 1e-12)
+        cells["train_ms"] = 1e3 * seconds["train"]
+        cells["backward_tflops"] = 1e-12 * 2.5 * count / backward
+    return cells
 
 
-def _repeater(program, given) -> Callable[[int], None]:
-    compiled = jax.jit(program).lower(*given).compile()
+def measure_decode(
+    settings: Settings, variant: DecodeVariant, size: Size, checked=None
+) -> dict[str, Any]:
+    """Microseconds of a step and bytes of the cache a second, as `measure`."""
+    given = draw_decode(variant, size, seed=2)
+    find = functools.partial(device_decode.find, settings, variant, given=given)
+    found, reasons = _timed(settings, variant, find, check_decode, checked)
+    chains = {}
+    for name, steps in found.items():
+        try:
+            chains[name] = steps.chain(settings.steps)
+        except Exception as error:
+            if name == OURS:
+                raise
+            reasons[name] = device_peers.failed(error)
+    times = device_decode.time_chains(settings, chains, variant, size)
+    return {"refused": reasons} | times
 
-    def repeat(count: int) -> None:
-        for _ in range(count):
-            out = compiled(*given)
-        jax.block_until_ready(out)
 
-    return repeat
+def _timed(settings: Settings, variant: AnyVariant, find, make_check, checked):
+    """({name: programs}, {name: why it is not timed}): a peer that does not agree with
+    the reference is named."""
+    found, reasons = {}, {}
+    for name in settings.implementations:
+        try:
+            programs, reason = find(name=name)
+        except Exception as error:
+            if name in OWN:
+                raise
+            programs, reason = None, device_peers.failed(error)
+        if programs is not None and name not in OWN:
+            reason = _disagreement(settings, variant, name, make_check, checked)
+        if reason is None:
+            found[name] = programs
+        else:
+            reasons[name] = reason
+    return found, reasons
+
+
+def _disagreement(settings, variant, name: str, make_check, checked) -> str | None:
+    """Why an implementation of others must not be timed, by the row of its check or,
+    without one, by a check of it alone."""
+    known = checked or {}
+    if name not in known.get("errors", {}) and name not in known.get("refused", {}):
+        alone = dataclasses.replace(settings, implementations=(name,))
+        known = make_check(alone, variant)
+    if name in known["errors"]:
+        return device_peers.disagreement(known["errors"][name])
+    return f"is not timed unchecked: it {known['refused'][name]}"
 
 
 def _path_of_today() -> Path:
@@ -382,49 +481,3 @@ def _save(path: Path, report: dict[str, Any]) -> None:
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
-
-
-def _summary(row: dict[str, Any]) -> str:
-    if row["state"] == "failed":
-        return f"FAILED: {row['error'].splitlines()[0][:200]}"
-    if "verdict" in row:
-        more = f", worst ratio {row['worst_ratio']:.2f}" if "worst_ratio" in row else ""
-        return row["verdict"] + more
-    cells = [f"{n} {x['train_ms']:.2f} ms" for n, x in row["times"].items()]
-    return "fwd+bwd " + ", ".join(cells)
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The report as text: what was checked, what was timed, what is left."""
-    print(machine.line(report["machine"]))
-    rows = report["rows"]
-    checks = {name: row for name, row in rows.items() if name.startswith("check ")}
-    if checks:
-        cells = [(name, *_check_cells(row)) for name, row in checks.items()]
-        tables.show(("check", "verdict", "held to", "x", "repeats"), cells)
-    lines = []
-    for name, row in rows.items():
-        for implementation, x in row.get("times", {}).items():
-            parts = ("forward_ms", "train_ms", "forward_tflops", "backward_tflops")
-            lines.append(
-                (f"{name} {implementation}", *(f"{x[part]:.2f}" for part in parts))
-            )
-    if lines:
-        columns = ("time", "fwd ms", "fwd+bwd ms", "fwd TFLOP/s", "bwd TFLOP/s")
-        tables.show(columns, lines)
-    for name, row in rows.items():
-        if row["state"] == "failed":
-            print(f"{name}: {_summary(row)}")
-    stuck = [name for name, row in rows.items() if row["state"] == "begun"]
-    if stuck:
-        print(f"begun and never finished: {', '.join(stuck)}")
-    print(f"{len(report.get('left', []))} rows left; run the command again for more")
-
-
-def _check_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    if row["state"] != "done":
-        return ({"begun": "never finished"}.get(row["state"], "FAILED"), "", "", "")
-    if "worst_ratio" not in row:
-        return (row["verdict"], "", "", "")
-    ratio = f"{row['worst_ratio']:.2f}"
-    return (row["verdict"], row["yardstick"], ratio, "yes" if row["repeats"] else "NO")

@@ -8,7 +8,10 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "numpy", "torch"),
+    *("triton", "flash-linear-attention", "tokamax"),
+)
 
 
 def cores() -> int:
