@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 def report(flags: Flags) -> str:
     """The report that the flags ask for."""
-    from attnjax.studies import collect, formats, page, results, selection
+    from attnjax.studies import collect, formats, page, results, selection, values
 
     if flags.last and flags.best:
         raise UserError("report: --last and --best exclude one another; give one.")
@@ -78,8 +78,10 @@ def report(flags: Flags) -> str:
     if flags.only is not None:
         chosen = selection.selected(flags.only, [run.labels for run in runs])
         runs = list(itertools.compress(runs, chosen))
-        table = table and table.cut_to([run.labels for run in runs])
+        has = values.metrics_of(runs)
+        table = table and table.cut_to([run.labels for run in runs], metrics=has)
     table = _asked(table or results.default_table(runs), flags)
+    values.check_metrics(runs, flags.metric or ())
     if flags.no_timing:
         table = results.without_timing(table)
     found = results.summarise(runs, table)

@@ -26,6 +26,7 @@ OPTIONAL = {
     "tensorflow",
     "diffusers",
     "safetensors",
+    "tokamax",
 }
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -50,7 +50,7 @@ def missing(place: Place) -> str | None:
 def to_torch(x, place: Place):
     """A tensor of an array's bits, on the device."""
     array = np.array(x)
-    if array.dtype == ml_dtypes.bfloat16:
+    if array.dtype == jnp.bfloat16:
         tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
         tensor = torch.from_numpy(array)

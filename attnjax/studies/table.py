@@ -186,12 +186,16 @@ class Table:
         """Whether a point with these labels is in a row."""
         return self.leave_out is None or not matches(self.leave_out, labels)
 
-    def cut_to(self, labels: Iterable[Mapping[str, Any]]) -> "Table":
-        """The table of some of the points: without a baseline, figures of the paper, or
-        points to leave out, that are others.
+    def cut_to(
+        self, labels: Iterable[Mapping[str, Any]], *, metrics: Iterable[str]
+    ) -> "Table":
+        """The table of some of the points: without a baseline, figures of the paper,
+        points to leave out, or metrics, that are of others.
 
         Args:
             labels: label -> value of each point that is left.
+            metrics: those that their runs have; where they have none of the table's,
+                all stay.
         """
         given = list(labels)
         points = [one for one in given if self.has(one)]
@@ -199,12 +203,19 @@ class Table:
         def belongs(wanted: Mapping[str, Any]) -> bool:
             return any(matches(wanted, point) for point in points)
 
-        paper = tuple(value for value in self.paper if belongs(value.labels))
+        metrics = frozenset(metrics).intersection(self.metrics) or self.metrics
+        paper = (v for v in self.paper if belongs(v.labels) and v.metric in metrics)
         has_baseline = self.baseline is not None and belongs(self.baseline)
         baseline = self.baseline if has_baseline else None
         leave_out = self.leave_out if len(points) < len(given) else None
-        changes = {"paper": paper, "baseline": baseline, "leave_out": leave_out}
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(
+            self,
+            metrics=tuple(m for m in self.metrics if m in metrics),
+            uncompared=tuple(m for m in self.uncompared if m in metrics),
+            paper=tuple(paper),
+            baseline=baseline,
+            leave_out=leave_out,
+        )
 
     def check_splits(self, evaluations: Iterable[str]) -> None:
         """Refuse a metric of an evaluation that no point asks for.

@@ -1,7 +1,7 @@
 """Metrics of a run: its last evaluation, or its best."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attnjax.core.errors import UserError, nearest
 from attnjax.studies.collect import Run
@@ -63,14 +63,14 @@ def metrics_of(runs: Sequence[Run]) -> list[str]:
     return sorted(m for m in found if m.partition("/")[2] not in _NOT_METRICS)
 
 
-def check_metrics(runs: Sequence[Run], table: Table) -> None:
+def check_metrics(runs: Sequence[Run], wanted: Iterable[str]) -> None:
     """Refuse a metric that no run has, where any run has metrics at all.
 
     Raises:
         UserError: with the nearest ones.
     """
     known = metrics_of(runs)
-    for metric in table.metrics:
+    for metric in wanted:
         if known and metric not in known:
             raise UserError(
                 f"report: a run must have the metric; got {metric!r}. "

@@ -46,6 +46,26 @@ def test_a_baseline_of_one_label_keeps_the_others(runs):
     assert marks == [row.labels[0] == "attention" for row in found.rows]
 
 
+def test_a_metric_may_be_yet_to_come(runs):
+    metrics = ("eval/loss", "late/loss")
+    table = Table(rows=("layers", "embed_dim"), metrics=metrics)
+    with pytest.raises(UserError, match="must have the metric; got 'late/loss'"):
+        results.summarise(runs, table)
+    begun = [*runs[:-1], dataclasses.replace(runs[-1], state="running")]
+    assert results.summarise(begun, table).places == [((), "eval/loss")]
+
+
+def test_a_table_is_cut_to_the_metrics_of_its_points():
+    figure = PaperValue({"mixer": "a"}, "late/loss", 1.0, "A Paper")
+    metrics = ("eval/loss", "late/loss")
+    table = Table(("mixer",), metrics=metrics, paper=(figure,), uncompared=metrics)
+    points = [{"mixer": "a"}]
+    assert table.cut_to(points, metrics=metrics) == table
+    assert table.cut_to(points, metrics=()).metrics == metrics
+    own = table.cut_to(points, metrics=("eval/loss", "eval/accuracy"))
+    assert own == Table(("mixer",), uncompared=("eval/loss",))
+
+
 def test_a_metric_may_stand_without_its_difference(runs):
     table = Table(
         rows=("layers", "embed_dim"),

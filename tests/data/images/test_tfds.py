@@ -216,7 +216,6 @@ def test_tensorflow_is_not_imported(root):
     assert (done.returncode, done.stdout) == (0, "(1, 4, 4, 3)\n"), done.stderr
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
 def test_classes_are_known_of_what_is_not_prepared(tmp_path):
     config = Config(name="tfds:imagenet2012", data_dir=str(tmp_path))
     assert num_classes(config) == 1000
@@ -224,6 +223,7 @@ def test_classes_are_known_of_what_is_not_prepared(tmp_path):
         num_classes(Config(name="tfds:imagenet2021", data_dir=str(tmp_path)))
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
 def test_mnist_is_read():
     corpus = opened(SHARED, "tfds:mnist_t10k", image_size=28)
     assert (corpus.train.num_images, corpus.eval.num_images) == (9000, 1000)
