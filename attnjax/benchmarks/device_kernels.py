@@ -147,10 +147,16 @@ def run(
         "machine", "rows" {name: row} and "left" (names of rows still to be made).
 
     Raises:
-        UserError: when the pattern matches nothing, or `path` holds results of another
-            machine or other versions.
+        UserError: without a GPU and a `path`, when the pattern matches nothing, or when
+            `path` holds results of another machine or other versions.
     """
     settings = settings or Settings()
+    if path is None and jax.default_backend() == "cpu":
+        raise UserError(
+            "bench device_kernels: needs a GPU; got the cpu, all that jax finds here. "
+            "Install jax[cuda12] on a machine with one; for this one there is: python "
+            "-m attnjax.bench kernels"
+        )
     path = path or _path_of_today()
     report, start = _load(path), time.perf_counter()
     rows = report["rows"]

@@ -141,6 +141,8 @@ def test_results_of_another_machine_are_refused(settings, tmp_path):
 def test_a_filter_without_rows_is_refused(settings, tmp_path):
     with pytest.raises(UserError, match="matches no row; got 'plian'"):
         device_kernels.run("plian", path=tmp_path / "x.json", settings=settings)
+    with pytest.raises(UserError, match="needs a GPU; got the cpu"):
+        device_kernels.run()
 
 
 def test_front_door_runs_the_script(monkeypatch, tmp_path, capsys):
