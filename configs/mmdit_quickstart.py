@@ -2,9 +2,9 @@
 
 Command: python -m attnjax.train --config configs/mmdit_quickstart.py --workdir runs/mm
 Then: python -m attnjax.generate --workdir runs/mm --prompt "a seven" --num 8
-Expected: a held-out loss of 0.350 (seed 0) after ten minutes of processor time on a CPU,
-and digits of which a classifier names 97.9 % right without guidance and all with
-guidance 2 (docs/mmdit.md).
+Expected: a held-out loss of 0.350 (seed 0) after ten minutes of processor time, and
+digits of which a classifier names 97.9 % right without guidance and all with guidance 2
+(docs/mmdit.md).
 """
 
 from ml_collections import ConfigDict
