@@ -11,17 +11,18 @@ written in one piece sooner than in many.
 import gc
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# XLA ends a process that is given a flag which it does not know.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    if version("jaxlib").startswith("0.10.")
-    else ""
-)
+# XLA ends a process that is given a flag which it does not know: another version, and
+# the compiler for TPUs, which reads them too, knows none of the CPU's.
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import jax
 import pytest
