@@ -1,8 +1,8 @@
 """Speed and memory of one training step as the grid of patches grows, by mechanism.
 
 Command: python experiments/vision_mixers/grid_size.py --out experiments/vision_mixers
-The models of the study (`sweep.py`), untrained; every step has 4,096 patches: one image
-of 64 x 64 patches, or 64 of 8 x 8. Some minutes on two quiet cores. Writes
+The models of the study (`sweep.py`), untrained; every step has 1,024 patches: one image
+of 32 x 32 patches, or 16 of 8 x 8. Some minutes on two quiet cores. Writes
 grid_size.md, grid_size.csv and grid_size.png.
 """
 
@@ -20,8 +20,8 @@ from attnjax.planning import problem, targets
 from attnjax.studies.plots import DASHES, MARKS, PALETTE
 from attnjax.training import experiment
 
-SIDES = (8, 16, 32, 64)
-PATCHES = 64**2
+SIDES = (8, 16, 32)
+PATCHES = 32**2
 PATCH = 4
 CONFIG = Path(__file__).parents[2] / "configs" / "vit" / "mnist.py"
 BASELINE = "softmax"
@@ -134,7 +134,7 @@ def draw(records: list[dict], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(SIDES, [str(side) for side in SIDES])
-        axes.set_xlabel("side of the grid, patches (4,096 patches a step)")
+        axes.set_xlabel("side of the grid, patches (1,024 patches a step)")
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
     both[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
@@ -152,7 +152,7 @@ def main() -> None:
     records = [one for side in SIDES for one in measured(side, options.rounds)]
     about = machine.line(machine.describe())
     said = (
-        "One training step of the study's ViT over 4,096 patches. Speed: times as fast "
+        "One training step of the study's ViT over 1,024 patches. Speed: times as fast "
         "as softmax, by processor seconds of steps in turns (median of rounds, 95 % "
         "interval). MB: temporaries that XLA allots. "
     )
