@@ -5,6 +5,7 @@ from typing import Any
 
 from attnjax.studies.collect import Run
 from attnjax.studies.table import Table, more_is_better, show_labels
+from attnjax.studies.values import metrics_of
 
 _SHOWN = 8  # runs of one kind named in a note
 _MISSING = (
@@ -36,7 +37,14 @@ def notes(
         found.append(
             f"Columns marked (paper) are the paper's figures: {_origin(table)}."
         )
-    return found + _missing(runs) + _fewer(rows)
+    return found + _absent(runs, table) + _missing(runs) + _fewer(rows)
+
+
+def _absent(runs: Sequence[Run], table: Table) -> list[str]:
+    """Metrics that no run has yet, which have no column or an empty one."""
+    known = metrics_of(runs)
+    absent = [metric for metric in table.metrics if known and metric not in known]
+    return [f"No run has {', '.join(absent)} yet."] if absent else []
 
 
 def _origin(table: Table) -> str:

@@ -86,7 +86,8 @@ def test_evaluations_without_a_judge_stay_beside_those_with_one(load):
     assert [one.judge for one in asked] == [study.points[1].hash, None]
 
 
-def test_a_signal_in_the_judges_training_is_the_end_of_the_point(load, monkeypatch):
+def trained_but_the_judge(load, monkeypatch):
+    """(a study, directories that count as trained, those that were evaluated)."""
     study = load()
     study.write()
     dit, vit = study.points[:2]
@@ -95,6 +96,12 @@ def test_a_signal_in_the_judges_training_is_the_end_of_the_point(load, monkeypat
     monkeypatch.setattr(worker.evaluations, "judges", lambda run: [vit.hash])
     done = lambda run, signals: evaluated.append(run)  # noqa: E731
     monkeypatch.setattr(worker.evaluations, "do_missing", done)
+    return study, trained, evaluated
+
+
+def test_a_signal_in_the_judges_training_is_the_end_of_the_point(load, monkeypatch):
+    study, _, evaluated = trained_but_the_judge(load, monkeypatch)
+    dit = study.points[0]
     monkeypatch.setattr(worker, "_work", lambda *_: 75)
     signals = types.SimpleNamespace(requested="SIGTERM")
     assert worker.evaluate(study.run_directory(dit), signals) == 75
@@ -148,14 +155,8 @@ def test_a_judge_that_fails_is_named(load, monkeypatch):
 
 
 def test_a_judge_that_others_train_is_awaited(load, monkeypatch):
-    study = load()
-    study.write()
+    study, trained, evaluated = trained_but_the_judge(load, monkeypatch)
     dit, vit = study.points[:2]
-    trained, evaluated = {study.run_directory(dit)}, []
-    monkeypatch.setattr(ledger, "is_trained", lambda run: run in trained)
-    monkeypatch.setattr(worker.evaluations, "judges", lambda run: [vit.hash])
-    done = lambda run, signals: evaluated.append(run)  # noqa: E731
-    monkeypatch.setattr(worker.evaluations, "do_missing", done)
     waits = iter([lambda: None, lambda: trained.add(study.run_directory(vit))])
     monkeypatch.setattr(worker.time, "sleep", lambda seconds: next(waits)())
 

@@ -52,7 +52,9 @@ def test_a_metric_may_be_yet_to_come(runs):
     with pytest.raises(UserError, match="must have the metric; got 'late/loss'"):
         results.summarise(runs, table)
     begun = [*runs[:-1], dataclasses.replace(runs[-1], state="running")]
-    assert results.summarise(begun, table).places == [((), "eval/loss")]
+    found = results.summarise(begun, table)
+    assert found.places == [((), "eval/loss")]
+    assert "No run has late/loss yet." in found.notes
 
 
 def test_a_table_is_cut_to_the_metrics_of_its_points():
