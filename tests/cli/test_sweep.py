@@ -106,6 +106,8 @@ def test_printed_commands_do_the_work_elsewhere(file, run_door, tmp_path):
         "mixer=linear seed=0",
         "mixer=linear seed=1",
     ]
+    _, out, _ = run_door(sweep.main, *words, "--only", "seed=1")
+    assert out.splitlines() == commands[1:]
     done = subprocess.run(shlex.split(commands[0], comments=True), timeout=300)
     assert done.returncode == 0
     _, out, _ = run_door(sweep.main, *words)
