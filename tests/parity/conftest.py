@@ -27,6 +27,12 @@ def one_thread(torch):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unset_is_nan(torch):
+    """Memory that a module leaves unset is NaN each time, not now and then."""
+    torch.use_deterministic_algorithms(True)
+
+
 @pytest.fixture(scope="session")
 def randomise(torch):
     """Gives every parameter of a torch module values that matter: norms and biases

@@ -35,8 +35,9 @@ def weights(shape, seed=3):
 
 
 def close(mine, others, name=""):
-    """Equal to 1e-4 of the largest entry."""
+    """Finite, and equal to 1e-4 of the largest entry."""
     mine, others = np.asarray(mine), np.asarray(others)
+    assert np.isfinite(others).all(), f"{name}: theirs is not finite"
     bound = 1e-4 * max(np.abs(others).max(), 1e-3)
     np.testing.assert_allclose(mine, others, rtol=0, atol=bound, err_msg=name)
 

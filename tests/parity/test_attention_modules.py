@@ -70,6 +70,8 @@ def gpt_oss(window):
         num_hidden_layers=1,
     )
     module = kit.GptOssAttention(config, 0)
+    # Only a whole model of theirs gives these numbers.
+    torch.nn.init.zeros_(module.sinks)
     return module, with_angles(
         module, kit.GptOssRotaryEmbedding(config), causal(window)
     )
