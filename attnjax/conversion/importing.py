@@ -19,7 +19,7 @@ from attnjax.core.config import apply_overrides
 from attnjax.core.dtypes import dtype_of
 from attnjax.core.errors import UserError
 from attnjax.data import tokenizers
-from attnjax.training import disk, experiment
+from attnjax.training import disk, experiment, identity
 from attnjax.training.checkpoints import Checkpointer
 from attnjax.training.run_directory import RunDirectory
 
@@ -285,7 +285,7 @@ def _write(workdir, folder, model_type, config, model, params, tokenizer, names)
         building,
         config,
         resolve=experiment.resolve,
-        identity_excludes=experiment.IDENTITY_EXCLUDES,
+        identity_excludes=identity.EXCLUDES,
     ) as run:
         run.converted({"from": "hf", "model_type": model_type})
         with disk.disk_errors("--workdir"):

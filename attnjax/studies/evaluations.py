@@ -19,7 +19,7 @@ from typing import Any
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.studies.places import evaluations_path
-from attnjax.training import disk, experiment, metrics
+from attnjax.training import disk, identity, metrics
 from attnjax.training.signals import StopSignal
 
 FOUND = "evaluations.json"
@@ -92,6 +92,9 @@ def check(wanted: Sequence[Evaluation], config: dict) -> None:
             raise UserError(
                 f"sweep: evaluations must have different names; got {name!r} twice."
             )
+    # Here, since what reads a ledger needs no models.
+    from attnjax.training import experiment
+
     for one in wanted:
         try:
             experiment.changed(config, tuple(one.overrides.items()))
@@ -202,7 +205,7 @@ def _identity(asked: dict, run: Path) -> dict:
     config = disk.read_json(run / "config.json", owner="sweep", cure=_CURE)
     return {
         **{name: value for name, value in asked.items() if name != "name"},
-        "run": mappings.digest(config, exclude=experiment.IDENTITY_EXCLUDES),
+        "run": mappings.digest(config, exclude=identity.EXCLUDES),
     }
 
 

@@ -9,8 +9,7 @@ from attnjax.core.errors import UserError
 from attnjax.models.matching import Matched
 from attnjax.studies import ledger
 from attnjax.studies.sweep_file import Planned, Study
-from attnjax.training import experiment
-from attnjax.training.experiment import IDENTITY_EXCLUDES
+from attnjax.training import experiment, identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def costs(study: Study) -> tuple[list[Cost], str]:
 
 def _cost(study: Study, point: Planned, known: dict[str, Cost]) -> Cost:
     """The cost of a point; points that differ in their seed cost the same."""
-    same = mappings.digest(point.config, exclude=(*IDENTITY_EXCLUDES, "train.seed"))
+    same = mappings.digest(point.config, exclude=(*identity.EXCLUDES, "train.seed"))
     if same in known:
         return known[same]
     try:

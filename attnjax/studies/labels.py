@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnjax.core import mappings
-from attnjax.training.experiment import IDENTITY_EXCLUDES
+from attnjax.training import identity
 
 SEED = "train.seed"
 
@@ -45,7 +45,7 @@ def from_configs(
 
 
 def _identity(config: Mapping[str, Any]) -> dict:
-    return mappings.without(dict(config), IDENTITY_EXCLUDES)
+    return mappings.without(dict(config), identity.EXCLUDES)
 
 
 def _groups(flat: Sequence[dict], keys: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from attnjax.studies.evaluations import Evaluation
 from attnjax.studies.places import FOLDERS, STUDY, config_path, run_directory
 from attnjax.studies.points import Point, find_config
 from attnjax.studies.table import Table
-from attnjax.training import disk, experiment, members
+from attnjax.training import disk, experiment, identity, members
 
 OWNER = "--sweep"
 FORMAT = 1
@@ -276,7 +276,7 @@ def _settle(one: Point, path: Path, number: int, cache: dict) -> Planned:
         evaluations.check(one.evaluations, config)
     except UserError as error:
         raise UserError(f"{OWNER}: {where}: {error}") from None
-    digest = mappings.digest(config, exclude=experiment.IDENTITY_EXCLUDES)
+    digest = mappings.digest(config, exclude=identity.EXCLUDES)
     return Planned(
         digest[:_HASH_LETTERS],
         one.labels,

@@ -22,7 +22,7 @@ from attnjax.core.errors import (
 from attnjax.core.flags import parse_command_line
 from attnjax.studies import evaluations, ledger
 from attnjax.studies.places import config_path, run_directory
-from attnjax.training import disk, provenance
+from attnjax.training import disk, identity, provenance
 from attnjax.training.signals import StopRequested, StopSignal, leave
 
 JUDGE_PATIENCE = 5.0  # seconds between looks at a judge that others train
@@ -167,9 +167,7 @@ def config_of(workdir: Path, point_hash: str) -> dict:
         )
     cure = "Delete it; run the sweep again."
     config = disk.read_json(path, owner="sweep", cure=cure)
-    from attnjax.training.experiment import IDENTITY_EXCLUDES
-
-    digest = mappings.digest(config, exclude=IDENTITY_EXCLUDES)
+    digest = mappings.digest(config, exclude=identity.EXCLUDES)
     if not digest.startswith(point_hash):
         raise UserError(
             f"sweep: {str(path)!r} is not the config of the point {point_hash!r}: it "

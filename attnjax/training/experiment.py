@@ -19,27 +19,6 @@ from attnjax.training.feeds.base import check_at_least
 from attnjax.training.settings import EvalConfig, TrainConfig
 from attnjax.training.step import Recipe
 
-# What may differ between two starts of one run: it changes how fast or where the
-# run goes and what is written on the way, not what is learned.
-IDENTITY_EXCLUDES = (
-    "mesh",
-    "data.cache_dir",
-    "data.data_dir",
-    "train.log_every",
-    "train.save_every",
-    "train.save_minutes",
-    "train.keep_last",
-    "train.keep_best",
-    "train.steps_per_dispatch",
-    "train.tensorboard",
-    "train.tracker",
-    "train.profile_start",
-    "train.profile_steps",
-    "train.sample_tokens",
-    "eval.draw",
-)
-
-
 GROUPS = ("model", "data", "task", "optim", "train", "eval", "mesh")
 
 

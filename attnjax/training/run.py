@@ -14,6 +14,7 @@ from attnjax.training import (
     agreement,
     finish,
     hosts,
+    identity,
     samples,
     source_run,
     start,
@@ -83,7 +84,7 @@ def train(
                     workdir,
                     config,
                     resolve=experiments.resolve,
-                    identity_excludes=experiments.IDENTITY_EXCLUDES,
+                    identity_excludes=identity.EXCLUDES,
                     extend=extend,
                     primary=hosts.is_writer(),
                 )

@@ -22,7 +22,7 @@ import jax
 from attnjax.core import cli
 from attnjax.core.errors import EXIT_OK, EXIT_SAVED, EXIT_USER, UserError
 from attnjax.training import experiment as experiments
-from attnjax.training import hosts, members, run, source_run, start, together
+from attnjax.training import hosts, identity, members, run, source_run, start, together
 from attnjax.training.checkpoints import Checkpointer
 from attnjax.training.experiment import Experiment
 from attnjax.training.loop import Services
@@ -130,7 +130,7 @@ def _sit_down(group, workdirs, outcomes: list, stack) -> list[_Seat]:
                     workdir,
                     one.config,
                     resolve=experiments.resolve,
-                    identity_excludes=experiments.IDENTITY_EXCLUDES,
+                    identity_excludes=identity.EXCLUDES,
                     primary=hosts.is_writer(),
                 )
             )

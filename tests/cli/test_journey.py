@@ -11,6 +11,8 @@ from attnjax import evaluate, generate, train
 from attnjax.core.errors import EXIT_OK, UserError
 from attnjax.training import metrics
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 ROOT = Path(__file__).parents[2]
 TINY = {
     "model.embed_dim": 24,

@@ -1,5 +1,7 @@
 """Generation through the state equals the full forward pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,17 +39,23 @@ def model():
     return make()
 
 
-def full_logits(model, params, buffers, ids) -> np.ndarray:
-    tokens = jnp.asarray([ids], jnp.int32)
-    ctx = Context(positions=jnp.arange(len(ids))[None])
+@functools.partial(jax.jit, static_argnums=0)
+def full_logits(model, params, buffers, tokens, prefix_len=None) -> jax.Array:
+    """Of one pass over tokens [B, T]: [B, T, V]."""
+    positions = jnp.arange(tokens.shape[1])[None]
+    ctx = Context(positions=positions, prefix_len=prefix_len)
     hidden, _ = model.hidden(params, buffers, tokens, ctx)
-    return np.asarray(model.logits(params, hidden)[0])
+    return model.logits(params, hidden)
 
 
-def greedy_by_full_passes(model, params, buffers, prompt, count) -> list[int]:
-    ids = list(prompt)
+def greedy_by_full_passes(model, params, buffers, prompt, count, prefix=None):
+    """Each token from a pass over all before it; what stands behind is not seen."""
+    ids, length = list(prompt), len(prompt) + count
+    seen = None if prefix is None else jnp.asarray([min(prefix, len(prompt))])
     for _ in range(count):
-        ids.append(int(full_logits(model, params, buffers, ids)[-1].argmax()))
+        tokens = jnp.asarray([ids + [0] * (length - len(ids))], jnp.int32)
+        logits = full_logits(model, params, buffers, tokens, seen)
+        ids.append(int(logits[0, len(ids) - 1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -64,14 +72,20 @@ def test_greedy_decoding_equals_full_passes(model):
 def test_logits_of_random_cuts_equal_the_full_pass(model):
     lm_, params, buffers = model
     ids = np.random.default_rng(0).integers(0, VOCAB, 11)
-    expected = full_logits(lm_, params, buffers, ids)
+    (expected,) = full_logits(lm_, params, buffers, jnp.asarray(ids[None], jnp.int32))
     arrays = lm_.unstack(params, buffers)
+
+    @jax.jit
+    def step(states, tokens, at):
+        ctx = Context(positions=at + jnp.arange(tokens.shape[1])[None])
+        hidden, states = lm_.step(arrays, states, tokens, ctx)
+        return lm_.logits(arrays["ends"], hidden[0]), states
+
     states, at, got = lm_.init_state(arrays, 1, 11), 0, []
     for size in (3, 1, 5, 1, 1):
         tokens = jnp.asarray(ids[None, at : at + size], jnp.int32)
-        ctx = Context(positions=at + jnp.arange(size)[None])
-        hidden, states = lm_.step(arrays, states, tokens, ctx)
-        got.append(np.asarray(lm_.logits(arrays["ends"], hidden[0])))
+        logits, states = step(states, tokens, at)
+        got.append(np.asarray(logits))
         at += size
     np.testing.assert_allclose(np.concatenate(got), expected, atol=2e-5)
 
@@ -91,21 +105,13 @@ def test_a_prefix_looks_both_ways():
     lm_, params, buffers = make(layers="attention", num_layers=2)
     arrays = lm_.unstack(params, buffers)
     prompts, prefix = [[1, 5, 2, 7, 3], [4, 6, 6]], 4
-
-    def by_full_passes(prompt, prefix):
-        ids = list(prompt)
-        for _ in range(4):
-            ctx = Context(
-                positions=jnp.arange(len(ids))[None],
-                prefix_len=jnp.asarray([min(prefix, len(prompt))]),
-            )
-            hidden, _ = lm_.hidden(params, buffers, jnp.asarray([ids]), ctx)
-            ids.append(int(lm_.logits(params, hidden)[0, -1].argmax()))
-        return ids[len(prompt) :]
-
     options = {"max_new_tokens": 4, "sampler": GREEDY}
     got = generate(lm_, arrays, prompts, prefix_len=prefix, **options)
-    assert got == [by_full_passes(p, prefix) for p in prompts]
+    expected = [
+        greedy_by_full_passes(lm_, params, buffers, prompt, 4, prefix)
+        for prompt in prompts
+    ]
+    assert got == expected
     assert got != generate(lm_, arrays, prompts, **options)
 
 

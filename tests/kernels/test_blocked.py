@@ -26,6 +26,7 @@ def qkv(*, b=B, t=T, h=H, d=D, dtype=jnp.float32, seed=0):
     return [jax.random.normal(key, (b, t, h, d), dtype) for key in keys]
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "module", "block_sizes"))
 def attend(q, k, v, spec=CAUSAL, operands=None, *, module=blocked, **options):
     operands = operands or {}
     request = kernels.make_request(q, k, v, spec, operands, kernels.default_target())

@@ -25,6 +25,7 @@ FORMS = {
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
+@functools.partial(jax.jit, static_argnames=("form", "spec"))
 def run(form, q, k, v, spec, operands=None):
     operands = operands or {}
     request = kernels.make_request(q, k, v, spec, operands, kernels.default_target())

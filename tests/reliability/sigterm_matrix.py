@@ -97,9 +97,12 @@ def _stop(bench, run: str, phase: str, name: str, rng) -> Stop:
         return Stop(run, phase, name, process.returncode, 0, 0, ("ended before it",))
     time.sleep(rng.uniform(0, _SPREAD[phase]))
     # A phase of milliseconds may be over: the table tells where the signal came.
+    # Held meanwhile, so that what is counted after the signal came after it.
+    process.send_signal(signal.SIGSTOP)
     phase = tiny_run.phase(folder)
     at, begin = tiny_run.last_step(folder), time.perf_counter()
     process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGCONT)
     code = process.wait(timeout=tiny_run.PATIENCE)
     seconds = time.perf_counter() - begin
     steps = tiny_run.last_step(folder) - at

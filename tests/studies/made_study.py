@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from attnjax.core import mappings
-from attnjax.training import experiment, metrics
+from attnjax.training import experiment, identity, metrics
 
 STEPS = 40
 EVERY = 10
@@ -27,7 +27,7 @@ def config_of(mixer: str, seed: int, **overrides) -> dict:
 
 
 def hash_of(config: dict) -> str:
-    return mappings.digest(config, exclude=experiment.IDENTITY_EXCLUDES)[:16]
+    return mappings.digest(config, exclude=identity.EXCLUDES)[:16]
 
 
 def loss_of(mixer: str, seed: int, step: int) -> float:

@@ -127,3 +127,9 @@ def test_done_means_every_step_and_a_summary(tmp_path):
     assert not ledger.is_done(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     assert not ledger.is_done(tmp_path)
+
+
+def test_looking_at_a_ledger_needs_no_jax():
+    """Drivers and cluster scripts look often, on machines where starting it is slow."""
+    code = "import sys, attnjax.studies.ledger; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

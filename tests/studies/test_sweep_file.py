@@ -4,7 +4,7 @@ import pytest
 
 from attnjax.core.errors import UserError
 from attnjax.studies import Table, sweep_file
-from attnjax.training import experiment
+from attnjax.training import identity
 from attnjax.training.run_directory import RunDirectory
 
 SEEDS = "def sweep():\n    return seeds(BASE, {})\n"
@@ -20,7 +20,7 @@ def test_a_point_is_named_by_the_identity_of_its_run(load, tmp_path):
         run = RunDirectory.open(
             tmp_path / point.hash,
             point.config,
-            identity_excludes=experiment.IDENTITY_EXCLUDES,
+            identity_excludes=identity.EXCLUDES,
         )
         run.close()
         assert run.manifest["config_hash"].startswith(point.hash)

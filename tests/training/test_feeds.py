@@ -11,7 +11,7 @@ from attnjax.core import config as configs
 from attnjax.core import mappings
 from attnjax.core.errors import UserError
 from attnjax.data.images import captions
-from attnjax.training import experiment, feeds, loop
+from attnjax.training import experiment, feeds, identity, loop
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
@@ -123,7 +123,7 @@ def test_language_models_keep_their_settings_and_identities():
     given = configs.load_file(str(ROOT / "configs" / "quickstart.py"))
     resolved = experiment.resolve(given)
     assert "corruption" not in resolved["eval"]
-    digest = mappings.digest(resolved, exclude=experiment.IDENTITY_EXCLUDES)
+    digest = mappings.digest(resolved, exclude=identity.EXCLUDES)
     assert digest[:16] == "13a2d50bf167b9ea"
 
 
@@ -257,7 +257,7 @@ def test_another_picture_of_samples_is_no_other_run():
     found = {
         mappings.digest(
             experiment.resolve({"model": model, "eval": {"draw": draw}}),
-            exclude=experiment.IDENTITY_EXCLUDES,
+            exclude=identity.EXCLUDES,
         )
         for draw in ({}, {"per_class": 0}, {"guidance": 3.0, "steps": 7})
     }
